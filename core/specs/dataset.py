@@ -1,0 +1,38 @@
+"""Spec of a data set job."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from core.specs.base import ArtifactRef, JobInputs
+
+
+class DatasetSpec(JobInputs):
+    """Annotations and images to normalised, tokenised, checked rows."""
+
+    source: ArtifactRef = Field(description="Folder with annotations and media.")
+    annotations: str = Field(max_length=1024, description="JSON or JSONL file inside the source.", examples=["llava_instruct.json"])
+    media_root: str = Field(".", max_length=1024, description="Folder inside the source that image paths start from.")
+    format: Literal["llava", "sharegpt", "messages", "auto"] = Field("auto", description="Form of the records.")
+    tokenizer: ArtifactRef = Field(description="A model folder with tokenizer and processor files (Hugging Face or mm).")
+    cutoff_len: int = Field(1024, ge=16, le=1 << 20, description="Rows with more tokens are refused, never cut.")
+    max_samples: int | None = Field(None, ge=1, description="Use at most this many records, from the start of the file.")
+    image_max_pixels: int = Field(262144, ge=784, description="Larger images are scaled down to this many pixels.")
+    image_min_pixels: int = Field(0, ge=0, description="Smaller images are scaled up to this many pixels.")
+    on_bad_sample: Literal["skip", "fail"] = Field("skip", description="A bad row is reported and skipped, or fails the job.")
+    validation_fraction: float = Field(0.0, ge=0.0, lt=1.0, description="Share of rows held out.")
+    seed: int = Field(42, ge=0, lt=1 << 32, description="Seed of the split.")
+
+    @model_validator(mode="after")
+    def _relative(self) -> DatasetSpec:
+        for name in ("annotations", "media_root"):
+            value = getattr(self, name)
+            if value.startswith("/") or ".." in value.split("/") or "\\" in value or "\0" in value:
+                raise ValueError(f"{name} must be a relative path inside the source, got {value!r}")
+        if self.image_min_pixels > self.image_max_pixels:
+            raise ValueError(
+                f"image_min_pixels ({self.image_min_pixels}) must not exceed image_max_pixels ({self.image_max_pixels})"
+            )
+        return self
