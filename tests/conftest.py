@@ -1,0 +1,65 @@
+"""Fixtures that every test may ask for. Servers are started at their first use and once per session."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.services import REPOSITORY, Postgres, RedisServer, running_postgres, running_redis
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_url(postgres: Postgres) -> str:
+    """The maintenance database of the private cluster; make your own in it, or ask for `database_url`."""
+    return postgres.url
+
+
+@pytest.fixture(scope="session")
+def _redis_server() -> Iterator[RedisServer]:
+    with running_redis() as server:
+        yield server
+
+
+@pytest.fixture
+def redis(_redis_server: RedisServer) -> RedisServer:
+    """A running, empty Redis that the test may stop, start and restart."""
+    _redis_server.start()
+    _redis_server.flush()
+    return _redis_server
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/temper.db"
+
+
+@pytest.fixture
+def fresh_postgres_url(postgres: Postgres) -> Iterator[str]:
+    url = postgres.create_database()
+    yield url
+    postgres.drop_database(url)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """An empty database of each kind; the test runs on both."""
+    fixture = {"sqlite": "sqlite_url", "postgres": "fresh_postgres_url"}[request.param]
+    return str(request.getfixturevalue(fixture))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real tokenizer, photos and records from outside the repository (TEMPER_TEST_DATA, default ../shared/data)."""
+    folder = Path(os.environ.get("TEMPER_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(
+            f"no test data at {folder}; set TEMPER_TEST_DATA to the folder that holds qwen2-tokenizer/ and cc12m/"
+        )
+    return folder.resolve()
