@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 class Settings(BaseSettings):
@@ -26,7 +26,9 @@ class Settings(BaseSettings):
     broker_url: str | None = Field(None, description="Celery broker URL (redis://…); files under HOME if absent.")
     host: str = Field("127.0.0.1", description="Address that the API binds to.")
     port: int = Field(8400, ge=0, le=65535, description="Port of the API; 0 = a free one.")
-    allow_roots: tuple[Path, ...] = Field((), description="Folders (separated by `:`) that artifacts may be registered from.")
+    allow_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (), description="Folders (separated by `:`) that artifacts may be registered from."
+    )
 
     node_name: str = Field(default_factory=socket.gethostname, description="Name of this host in the cluster.")
     node_address: str = Field("127.0.0.1", description="Address at which other hosts reach this one's rendezvous.")
