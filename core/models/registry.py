@@ -1,0 +1,80 @@
+"""The model families that Temper knows. Without torch: only `Family.build` imports the computation."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from core.errors import InvalidModel, NotFound
+from core.models.mapping import Rule
+from core.models.plan import Plan, Stage, legal_tp
+from core.models.qwen2_5_vl import family as qwen2_5_vl
+from core.models.qwen2_5_vl.family import Config
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family: how to read its config, its two tables, and where its computation lives."""
+
+    name: str
+    model_type: str
+    """`model_type` of HF's `config.json`."""
+    architecture: str
+    """HF's class name."""
+    parse_config: Callable[[Mapping[str, Any]], Config]
+    sizes: Mapping[str, Config]
+    """Published size -> config."""
+    mapping: tuple[Rule, ...]
+    """HF <-> mm, fused as MindSpeed-MM's training layers hold them."""
+    canonical_mapping: tuple[Rule, ...]
+    """HF <-> mm, unfused (`canonical_model: true`)."""
+    plan: Plan
+    """mm name pattern -> tensor-parallel rule."""
+    model: str
+    """`module:class` of the pipeline stage; imports torch."""
+
+    def legal_tp(self, config: Config) -> list[int]:
+        """Every tensor-parallel size that the model can be cut into."""
+        return legal_tp(config)
+
+    def build(self, config: Config, stage: Stage, **options: Any) -> Any:
+        """The `torch.nn.Module` of one pipeline stage; options as its constructor takes them."""
+        module, name = self.model.split(":")
+        return getattr(importlib.import_module(module), name)(config, stage, **options)
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family(
+            name=qwen2_5_vl.NAME,
+            model_type=qwen2_5_vl.MODEL_TYPE,
+            architecture="Qwen2_5_VLForConditionalGeneration",
+            parse_config=Config.from_hf,
+            sizes=qwen2_5_vl.SIZES,
+            mapping=qwen2_5_vl.MAPPING,
+            canonical_mapping=qwen2_5_vl.CANONICAL_MAPPING,
+            plan=qwen2_5_vl.PLAN,
+            model="core.models.qwen2_5_vl.model:Qwen2_5_VLStage",
+        ),
+    )
+}
+
+
+def get_family(name: str) -> Family:
+    """The family of that name; NotFound names those that there are."""
+    if name not in FAMILIES:
+        raise NotFound(f"no model family {name!r}; known: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name]
+
+
+def detect(config_json: Mapping[str, Any]) -> Family:
+    """The family that a `config.json` is of, by its `model_type`."""
+    found = config_json.get("model_type")
+    for family in FAMILIES.values():
+        if family.model_type == found:
+            return family
+    known = ", ".join(sorted(family.model_type for family in FAMILIES.values()))
+    raise InvalidModel(f"config.json: model_type is {found!r}; supported: {known}")
