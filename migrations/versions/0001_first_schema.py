@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -213,6 +215,12 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("uploads", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_uploads_owner"), ["owner"], unique=False)
+
+    mutexes = sa.table(
+        "mutexes", sa.column("name"), sa.column("holder"), sa.column("expires_at", sa.DateTime(timezone=True))
+    )
+    long_ago = datetime(2000, 1, 1, tzinfo=timezone.utc)
+    op.bulk_insert(mutexes, [{"name": "scheduler", "holder": "", "expires_at": long_ago}])
 
 
 def downgrade() -> None:

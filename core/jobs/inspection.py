@@ -1,0 +1,59 @@
+"""What a folder is and whether it is sound, before it is accepted: headers and names only, no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from core.errors import InvalidDataset, InvalidSpec
+from core.models.hf_folder import inspect_hf_folder
+from core.models.mm_folder import inspect_mm_folder
+from core.storage.manifest import walk_files
+
+Inspection = tuple[str, dict[str, Any], int]
+"""Kind, metadata, size in bytes."""
+
+
+def inspect_folder(path: Path, kind: str | None = None) -> Inspection:
+    """Check a folder as `kind`, or as what it looks like; raise InvalidModel, InvalidDataset or CorruptCheckpoint."""
+    if not path.is_dir():
+        raise InvalidSpec(f"path {str(path)!r} is not a folder")
+    kind = kind or _look(path)
+    if kind not in REGISTRABLE:
+        raise InvalidSpec(f"kind {kind!r} cannot be registered; use one of {', '.join(REGISTRABLE)}")
+    metadata = REGISTRABLE[kind](path)
+    return kind, metadata, sum(file.stat().st_size for _, file in walk_files(path))
+
+
+def _look(path: Path) -> str:
+    if (path / "latest_checkpointed_iteration.txt").exists():
+        return "mm_checkpoint"
+    if (path / "config.json").exists():
+        return "hf_model"
+    return "dataset_source"
+
+
+def _hf_model(path: Path) -> dict[str, Any]:
+    found = inspect_hf_folder(path)
+    return {"family": found.family, "config": found.config}
+
+
+def _mm_checkpoint(path: Path) -> dict[str, Any]:
+    return inspect_mm_folder(path)
+
+
+def _dataset_source(path: Path) -> dict[str, Any]:
+    annotations = sorted(name for name, _ in walk_files(path) if name.endswith((".json", ".jsonl")))
+    if not annotations:
+        raise InvalidDataset(f"folder {path.name!r} holds no .json or .jsonl file with annotations")
+    return {"annotations": annotations[:100]}
+
+
+REGISTRABLE: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "hf_model": _hf_model,
+    "mm_checkpoint": _mm_checkpoint,
+    "dataset_source": _dataset_source,
+}
+"""Kinds that a user may register or upload."""
+

@@ -1,0 +1,351 @@
+"""Checks at submission: can this job run at all, and what would it need? Refusals say what would work.
+
+Nothing here reads a weight or an image: what is known of an input comes from its manifest, or, for the output of a job that
+has not run yet, from that job's spec.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from core.db.models import Artifact, Job, Node
+from core.errors import AppError, Conflict, IncompatiblePlan, InvalidDataset, InvalidSpec, NotFound, UnsupportedOption
+from core.jobs import repository
+from core.jobs.inspection import inspect_folder
+from core.jobs.lifecycle import JobState
+from core.jobs.principal import Principal
+from core.models.memory import training_memory
+from core.models.plan import Stage, stages
+from core.models.qwen2_5_vl.family import Config
+from core.models.registry import detect
+from core.scheduler.placement import Need
+from core.settings import Settings
+from core.specs import ConversionSpec, DatasetSpec, EvaluationSpec, JobSpec, TrainingSpec, parse_stored_spec
+from core.specs.base import ArtifactRef, JobInputs
+from core.specs.parallel import ParallelSpec
+from core.storage.local import Store, resolve_allowed, resolve_inside
+
+MODEL_KINDS = ("hf_model", "mm_checkpoint")
+
+ACCEPTS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("conversion", "source"): MODEL_KINDS,
+    ("conversion", "hf_source"): ("hf_model",),
+    ("dataset", "source"): ("dataset_source",),
+    ("dataset", "tokenizer"): MODEL_KINDS,
+    ("training", "model"): MODEL_KINDS,
+    ("training", "dataset"): ("dataset",),
+    ("training", "resume_from"): ("mm_checkpoint",),
+    ("evaluation", "model"): MODEL_KINDS,
+    ("evaluation", "base"): MODEL_KINDS,
+    ("evaluation", "dataset"): ("dataset",),
+}
+"""Kinds of artifact that each input takes."""
+
+SOURCE_OF_OPERATION = {"hf_to_mm": "hf_model", "mm_to_hf": "mm_checkpoint", "reshard": "mm_checkpoint"}
+
+
+class Resources(BaseModel):
+    """What the job takes of the cluster while it runs."""
+
+    nodes: int = Field(description="Hosts.")
+    devices_per_node: int = Field(description="Devices on each host; 0 = runs beside the devices.")
+
+
+class RankMemory(BaseModel):
+    """Bytes that one rank holds for the whole run; activations come on top and are not predicted by this version."""
+
+    pipeline_rank: int
+    parameters: int
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+
+
+class PlannedInput(BaseModel):
+    """An input as far as it is known now."""
+
+    field: str
+    kind: str
+    artifact_id: str | None
+    job_id: str | None
+
+
+class Plan(BaseModel):
+    """What a job would do."""
+
+    resources: Resources
+    inputs: list[PlannedInput]
+    steps: int | None = Field(None, description="Optimizer steps of a training.")
+    disk_bytes: int | None = Field(None, description="Size of what it writes, where it can be told.")
+    memory_per_rank: list[RankMemory] = []
+    warnings: list[str] = []
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is known of an input: its kind, and what its manifest says or its job's spec foretells."""
+
+    kind: str
+    metadata: Mapping[str, Any]
+    size_bytes: int | None = None
+    artifact: Artifact | None = None
+    job: Job | None = None
+    path: str | None = None
+
+    @property
+    def config(self) -> Config | None:
+        """The model's config, if it is known."""
+        raw = self.metadata.get("config")
+        return detect(raw).parse_config(raw) if raw else None
+
+    @property
+    def layout(self) -> ParallelSpec | None:
+        """The mm layout, if it is known."""
+        raw = self.metadata.get("parallel")
+        return ParallelSpec.model_validate(raw) if raw else None
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans specs for one caller."""
+
+    session: Session
+    settings: Settings
+    store: Store
+    principal: Principal
+    get_artifact: Callable[[str], Artifact]
+    get_job: Callable[[str], Job]
+
+    def plan(self, kind: str, spec: JobSpec) -> Plan:
+        """Refuse what cannot run; else say what it needs."""
+        subjects = {name: self._subject(kind, name, ref) for name, ref in spec.references()}
+        resources = Resources(nodes=(need := need_of(spec)).num_nodes, devices_per_node=need.devices_per_node)
+        plan = Plan(
+            resources=resources,
+            inputs=[
+                PlannedInput(
+                    field=name, kind=s.kind, artifact_id=s.artifact.id if s.artifact else None, job_id=s.job.id if s.job else None
+                )
+                for name, s in subjects.items()
+            ],
+        )
+        self._check_capacity(plan)
+        match spec:
+            case ConversionSpec():
+                self._conversion(spec, subjects, plan)
+            case DatasetSpec():
+                self._dataset(spec, subjects, plan)
+            case TrainingSpec():
+                self._training(spec, subjects, plan)
+            case EvaluationSpec():
+                self._evaluation(spec, subjects)
+        return plan
+
+    def _subject(self, kind: str, name: str, ref: ArtifactRef) -> Subject:
+        try:
+            subject = self._look_up(ref)
+        except AppError as error:
+            raise type(error)(f"spec.{name}: {error.message}", hint=error.hint, code=error.code) from error
+        accepted = ACCEPTS[kind, name]
+        if subject.kind not in accepted:
+            raise InvalidSpec(
+                f"spec.{name}: an artifact of kind {subject.kind} was given; {' or '.join(accepted)} is needed", code="wrong_artifact_kind"
+            )
+        return subject
+
+    def _look_up(self, ref: ArtifactRef) -> Subject:
+        if ref.artifact:
+            return of_artifact(self.get_artifact(ref.artifact))
+        if ref.path:
+            real = resolve_allowed(ref.path, self.settings.allow_roots)
+            kind, metadata, size = inspect_folder(real)
+            return Subject(kind, metadata, size, path=str(real))
+        job = self.get_job(ref.job or "")
+        return self._of_job(job, ref.output)
+
+    def _of_job(self, job: Job, output: str | None) -> Subject:
+        state = JobState(job.state)
+        name = output or main_output(job.kind, job.spec)
+        if state is JobState.SUCCEEDED:
+            artifact = repository.output(self.session, job, name)
+            if artifact is None:
+                made = ", ".join(item.name for item in repository.outputs(self.session, job.id)) or "nothing that still exists"
+                raise NotFound(f"job {job.id} has no output {name!r}; it made {made}")
+            return of_artifact(artifact)
+        if state in (JobState.FAILED, JobState.CANCELLED):
+            raise Conflict(f"job {job.id} is {state.value}, its output will not come", hint="retry that job first")
+        if name != main_output(job.kind, job.spec) and not (job.kind == "training" and re.fullmatch(r"checkpoint-\d{7}", name)):
+            raise NotFound(f"job {job.id} will have no output {name!r}; its main output is {main_output(job.kind, job.spec)!r}")
+        return self._foretell(job)
+
+    def _foretell(self, job: Job) -> Subject:
+        """What a job that has not finished will make."""
+        spec = parse_stored_spec(job.kind, job.spec)
+        match spec:
+            case ConversionSpec(operation="mm_to_hf"):
+                source = self._look_up(spec.source)
+                return Subject("hf_model", {"config": source.metadata.get("config")}, source.size_bytes, job=job)
+            case ConversionSpec():
+                source = self._look_up(spec.source)
+                metadata = {"config": source.metadata.get("config"), "parallel": _dump(spec.parallel), "canonical": spec.canonical}
+                return Subject("mm_checkpoint", metadata, source.size_bytes, job=job)
+            case TrainingSpec():
+                model = self._look_up(spec.model)
+                metadata = {"config": model.metadata.get("config"), "parallel": _dump(spec.parallel.layout), "iteration": spec.train_iters}
+                return Subject("mm_checkpoint", metadata, model.size_bytes, job=job)
+            case DatasetSpec():
+                return Subject("dataset", {"cutoff_len": spec.cutoff_len}, job=job)
+            case EvaluationSpec():
+                return Subject("report", {}, job=job)
+
+    def _check_capacity(self, plan: Plan) -> None:
+        nodes = self.session.scalars(select(Node)).all()
+        need = plan.resources
+        if not nodes:
+            plan.warnings.append("no worker has registered yet; the job waits for one")
+            return
+        fitting = [node for node in nodes if len(node.devices) >= need.devices_per_node]
+        if len(fitting) < need.nodes:
+            have = ", ".join(f"{node.name}: {len(node.devices)} {node.device_kind}" for node in nodes)
+            raise IncompatiblePlan(
+                f"needs {need.nodes} host(s) with {need.devices_per_node} device(s) each; the cluster has {have}",
+                hint=f"ask for at most {max(len(node.devices) for node in nodes)} device(s) per host and {len(nodes)} host(s)",
+                code="not_enough_devices",
+            )
+
+    def _conversion(self, spec: ConversionSpec, subjects: Mapping[str, Subject], plan: Plan) -> None:
+        source = subjects["source"]
+        wanted = SOURCE_OF_OPERATION[spec.operation]
+        if source.kind != wanted:
+            raise InvalidSpec(
+                f"spec.source: {spec.operation} reads an artifact of kind {wanted}, {source.kind} was given", code="wrong_artifact_kind"
+            )
+        plan.disk_bytes = source.size_bytes
+        if wanted == "mm_checkpoint":
+            self._source_layout(spec, source)
+        if source.config is not None and spec.parallel is not None:
+            stages(source.config, spec.parallel)
+        if spec.operation == "mm_to_hf" and source.config is None and spec.hf_source is None:
+            raise InvalidSpec("spec.hf_source: the source carries no config.json; name the Hugging Face folder it came from")
+
+    def _source_layout(self, spec: ConversionSpec, source: Subject) -> None:
+        known = source.layout
+        if known is None and spec.source_parallel is None:
+            raise InvalidSpec("spec.source_parallel: the source does not record its layout; give tp_size, llm_pp_layers, vit_pp_layers")
+        if known is not None and spec.source_parallel not in (None, known):
+            raise InvalidSpec(f"spec.source_parallel differs from the layout that the source records: {_dump(known)}; leave it out")
+        if known is None and source.config is not None and spec.source_parallel is not None:
+            stages(source.config, spec.source_parallel)
+
+    def _dataset(self, spec: DatasetSpec, subjects: Mapping[str, Subject], plan: Plan) -> None:
+        source = subjects["source"]
+        root = Path(source.path or (source.artifact.path if source.artifact else ""))
+        try:
+            resolve_inside(root, spec.annotations)
+        except NotFound:
+            there = ", ".join(sorted(path.name for path in root.glob("*.json*"))[:8]) or "no JSON file at its top"
+            raise InvalidDataset(f"spec.annotations: {spec.annotations!r} is not in the source, which has {there}") from None
+        if not (root / spec.media_root).resolve().is_dir():
+            raise InvalidDataset(f"spec.media_root: {spec.media_root!r} is not a folder of the source")
+
+    def _training(self, spec: TrainingSpec, subjects: Mapping[str, Subject], plan: Plan) -> None:
+        refuse_unsupported(spec)
+        model, data = subjects["model"], subjects["dataset"]
+        plan.steps = spec.train_iters
+        if model.metadata.get("canonical"):
+            raise UnsupportedOption("spec.model: a canonical (unfused) checkpoint cannot be trained; convert it with canonical false")
+        longest = data.metadata.get("max_length")
+        if longest is not None and longest > spec.seq_length:
+            raise IncompatiblePlan(
+                f"spec.seq_length ({spec.seq_length}) is shorter than the longest row of the data set ({longest} tokens)",
+                hint=f"set seq_length to at least {longest}, or build the data set with a smaller cutoff_len",
+            )
+        if data.metadata.get("num_train") == 0:
+            raise InvalidDataset("spec.dataset has no training rows")
+        if "resume_from" in subjects and subjects["resume_from"].metadata.get("iteration") is None:
+            raise InvalidSpec("spec.resume_from: not a training checkpoint (it has no iteration); give it as model instead")
+        config = model.config
+        if config is None:
+            return
+        split = stages(config, spec.parallel)
+        plan.memory_per_rank = [_rank_memory(spec, config, stage) for stage in split]
+        if model.size_bytes is not None:
+            factor = 1 + (6 if spec.checkpoint.save_optim else 0)
+            plan.disk_bytes = model.size_bytes * (1 + factor * spec.checkpoint.keep_last)
+
+    def _evaluation(self, spec: EvaluationSpec, subjects: Mapping[str, Subject]) -> None:
+        data = subjects.get("dataset")
+        if data is not None and data.metadata.get("num_validation") == 0:
+            raise InvalidDataset("spec.dataset has no held-out rows", hint="build it with validation_fraction above 0")
+        for name in ("model", "base"):
+            if name in subjects and subjects[name].metadata.get("canonical"):
+                raise UnsupportedOption(f"spec.{name}: a canonical (unfused) checkpoint cannot be evaluated; convert it with mm_to_hf first")
+        for index, prompt in enumerate(spec.prompts or ()):
+            if prompt.text.count("<image>") not in (0, len(prompt.images)):
+                raise InvalidSpec(
+                    f"spec.prompts[{index}].text has {prompt.text.count('<image>')} <image> placeholders for {len(prompt.images)} images"
+                )
+            for image in prompt.images:
+                resolve_allowed(image, self.settings.allow_roots)
+
+
+def need_of(spec: JobInputs) -> Need:
+    """Hosts and devices that a job takes."""
+    match spec:
+        case TrainingSpec():
+            return Need(spec.parallel.nnodes, spec.parallel.nproc_per_node)
+        case EvaluationSpec():
+            return Need(1, 1)
+        case _:
+            return Need(1, 0)
+
+
+def main_output(kind: str, spec: Mapping[str, Any]) -> str:
+    """Name of the output that a reference without `output` means."""
+    match kind:
+        case "conversion":
+            return "model" if spec["operation"] == "mm_to_hf" else "checkpoint"
+        case "dataset":
+            return "dataset"
+        case "training":
+            return "checkpoint"
+        case _:
+            return "report"
+
+
+def of_artifact(artifact: Artifact) -> Subject:
+    """What an artifact's row says."""
+    return Subject(artifact.kind, artifact.meta, artifact.size_bytes, artifact=artifact)
+
+
+def refuse_unsupported(spec: TrainingSpec) -> None:
+    """Refuse what this version of the engine cannot do, rather than ignore it."""
+    parallel = spec.parallel
+    if parallel.tp_size > 1:
+        raise UnsupportedOption(
+            f"spec.parallel.tp_size ({parallel.tp_size}): this version trains with pipeline and data parallelism only; use tp_size 1"
+        )
+    if parallel.vpp_size > 1:
+        raise UnsupportedOption(
+            f"spec.parallel.llm_pp_layers has {parallel.vpp_size} virtual chunks: this version trains without them; use one list inside"
+        )
+    if spec.lora is not None:
+        raise UnsupportedOption("spec.lora: this version trains full weights only; leave it out")
+
+
+def _rank_memory(spec: TrainingSpec, config: Config, stage: Stage) -> RankMemory:
+    frozen = {name for name, value in spec.freeze if value}
+    estimate = training_memory(config, stage, frozen=frozen, precision=spec.precision)
+    return RankMemory(pipeline_rank=stage.index, **estimate)
+
+
+def _dump(parallel: ParallelSpec | None) -> dict[str, Any] | None:
+    return parallel.model_dump(mode="json") if parallel else None

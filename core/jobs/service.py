@@ -1,0 +1,205 @@
+"""What may be done with jobs and artifacts: the rules behind the API's routes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from core.clock import utcnow
+from core.db.models import Artifact, Job, JobInput
+from core.errors import Conflict, NotFound
+from core.ids import new_id
+from core.jobs.inspection import inspect_folder
+from core.jobs.lifecycle import FINISHED, JobState, append_events, transition
+from core.jobs.planning import Plan, Planner, need_of
+from core.jobs.principal import Principal
+from core.settings import Settings
+from core.specs.request import JobRequest
+from core.storage.local import Store, resolve_allowed
+from core.storage.manifest import Manifest, describe
+
+_LIVE = [state.value for state in JobState if state not in FINISHED]
+
+
+def plan(session: Session, *, settings: Settings, store: Store, principal: Principal, request: JobRequest) -> Plan:
+    """Say what the job would do, or refuse it with the reasons; nothing is stored."""
+    return _planner(session, settings, store, principal).plan(request.kind, request.spec)
+
+
+def submit(session: Session, *, settings: Settings, store: Store, principal: Principal, request: JobRequest) -> Job:
+    """Check the job and put it in line."""
+    plan(session, settings=settings, store=store, principal=principal, request=request)
+    need, now = need_of(request.spec), utcnow()
+    job = Job(
+        id=new_id("job"),
+        kind=request.kind,
+        name=request.name or request.kind,
+        labels=dict(request.labels),
+        priority=request.priority,
+        owner=principal.user,
+        spec=request.spec.model_dump(mode="json"),
+        num_nodes=need.num_nodes,
+        devices_per_node=need.devices_per_node,
+        state=JobState.QUEUED.value,
+        max_attempts=request.max_attempts,
+        retries_left=request.max_attempts - 1,
+        last_seq=0,
+        latest_metrics={},
+        created_at=now,
+        queued_at=now,
+    )
+    session.add(job)
+    session.flush()
+    for name, ref in request.spec.references():
+        session.add(
+            JobInput(job_id=job.id, field=name, source_job_id=ref.job, output=ref.output, artifact_id=ref.artifact, path=ref.path)
+        )
+    session.flush()
+    job.state = _first_state(session, job.id).value
+    append_events(session, job.id, [("state", None, {"from": None, "state": job.state, "reason": "submitted"})], attempt=None)
+    session.refresh(job)
+    return job
+
+
+def cancel(session: Session, job: Job) -> Job:
+    """Ask a job to stop. Idempotent while it stops and once it is cancelled; a job that ended otherwise is a Conflict."""
+    match JobState(job.state):
+        case JobState.WAITING | JobState.QUEUED:
+            transition(session, job, JobState.CANCELLED, "cancelled by the user")
+        case JobState.STARTING | JobState.RUNNING:
+            transition(session, job, JobState.CANCELLING, "cancelled by the user")
+        case JobState.SUCCEEDED | JobState.FAILED:
+            raise Conflict(f"job {job.id} has already {job.state}")
+        case _:
+            pass
+    return job
+
+
+def retry(session: Session, job: Job) -> Job:
+    """Put a failed or cancelled job in line again; idempotent while it is in line."""
+    match JobState(job.state):
+        case JobState.FAILED | JobState.CANCELLED:
+            transition(
+                session, job, _first_state(session, job.id), "retried by the user", error=None, retries_left=job.max_attempts - 1
+            )
+        case JobState.WAITING | JobState.QUEUED:
+            pass
+        case state:
+            raise Conflict(f"job {job.id} is {state.value}; only a failed or cancelled job can be retried")
+    return job
+
+
+def get_job(session: Session, principal: Principal, job_id: str) -> Job:
+    """A job that the caller may see."""
+    job = session.get(Job, job_id)
+    if job is None or not (principal.is_admin or job.owner == principal.user):
+        raise NotFound(f"no job {job_id}")
+    return job
+
+
+def get_artifact(session: Session, principal: Principal, artifact_id: str) -> Artifact:
+    """An artifact that the caller may see: their own, or a shared one."""
+    artifact = session.get(Artifact, artifact_id)
+    visible = artifact is not None and (principal.is_admin or artifact.shared or artifact.owner == principal.user)
+    if artifact is None or not visible or artifact.deleted_at is not None:
+        raise NotFound(f"no artifact {artifact_id}")
+    return artifact
+
+
+def register(
+    session: Session, *, settings: Settings, store: Store, principal: Principal, kind: str, path: str, name: str | None
+) -> Artifact:
+    """Make a folder under an allow-listed root an artifact; its files stay where they are.
+
+    What an admin registers is shared with all users. Folders above `hash_limit_bytes` are listed without SHA-256.
+    """
+    real = resolve_allowed(path, settings.allow_roots)
+    kind, metadata, size = inspect_folder(real, kind)
+    manifest = Manifest(
+        id=new_id("art"),
+        kind=kind,
+        name=name or real.name,
+        created_at=utcnow(),
+        files=describe(real, hashed=size <= settings.hash_limit_bytes),
+        metadata=metadata,
+    )
+    store.publish(manifest)
+    return adopt(session, store=store, principal=principal, manifest=manifest, shared=principal.is_admin, path=real)
+
+
+def adopt(
+    session: Session, *, store: Store, principal: Principal, manifest: Manifest, shared: bool = False, path: Path | None = None
+) -> Artifact:
+    """Record a published artifact; `path` is where the files lie if not in the store."""
+    artifact = Artifact(
+        id=manifest.id,
+        kind=manifest.kind,
+        name=manifest.name,
+        owner=principal.user,
+        shared=shared,
+        path=str(path or store.files_dir(manifest.id)),
+        size_bytes=manifest.size_bytes,
+        num_files=len(manifest.files),
+        meta=manifest.metadata,
+        parents=manifest.lineage.parents,
+        job_id=manifest.lineage.job_id,
+        created_at=manifest.created_at,
+    )
+    session.add(artifact)
+    session.flush()
+    return artifact
+
+
+def delete_artifact(session: Session, artifact: Artifact) -> None:
+    """Mark an artifact as deleted; the caller removes its files after the commit. Refused while something needs it."""
+    users = [*_jobs_naming(session, artifact), *_jobs_using_output(session, artifact)]
+    if users:
+        raise Conflict(f"artifact {artifact.id} is used by job {users[0]}, which has not finished", hint="cancel that job first")
+    if artifact.kind == "dataset_source":
+        children = _datasets_reading(session, artifact)
+        if children:
+            raise Conflict(f"artifact {artifact.id} holds the images of data set {children[0]}", hint="delete that data set first")
+    artifact.deleted_at = utcnow()
+
+
+def _first_state(session: Session, job_id: str) -> JobState:
+    states = session.scalars(
+        select(Job.state).join(JobInput, JobInput.source_job_id == Job.id).where(JobInput.job_id == job_id)
+    ).all()
+    return JobState.QUEUED if all(state == JobState.SUCCEEDED.value for state in states) else JobState.WAITING
+
+
+def _jobs_naming(session: Session, artifact: Artifact) -> Sequence[str]:
+    return session.scalars(
+        select(Job.id).join(JobInput, JobInput.job_id == Job.id).where(JobInput.artifact_id == artifact.id, Job.state.in_(_LIVE))
+    ).all()
+
+
+def _jobs_using_output(session: Session, artifact: Artifact) -> Sequence[str]:
+    if artifact.job_id is None:
+        return []
+    return session.scalars(
+        select(Job.id)
+        .join(JobInput, JobInput.job_id == Job.id)
+        .where(JobInput.source_job_id == artifact.job_id, Job.state.in_(_LIVE))
+    ).all()
+
+
+def _datasets_reading(session: Session, artifact: Artifact) -> list[str]:
+    rows = session.execute(select(Artifact.id, Artifact.parents).where(Artifact.kind == "dataset", Artifact.deleted_at.is_(None)))
+    return [found for found, parents in rows if artifact.id in parents]
+
+
+def _planner(session: Session, settings: Settings, store: Store, principal: Principal) -> Planner:
+    return Planner(
+        session=session,
+        settings=settings,
+        store=store,
+        principal=principal,
+        get_artifact=lambda artifact_id: get_artifact(session, principal, artifact_id),
+        get_job=lambda job_id: get_job(session, principal, job_id),
+    )
+

@@ -1,0 +1,64 @@
+"""Where a job may run: a pure function of what it needs and what is free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a job needs: `num_nodes` hosts with `devices_per_node` devices each (0 = runs beside the devices)."""
+
+    num_nodes: int
+    devices_per_node: int
+
+
+@dataclass(frozen=True)
+class FreeNode:
+    """A live, healthy host and what is free there."""
+
+    name: str
+    devices: tuple[int, ...]
+    host_slots: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """One host's part of a placement."""
+
+    node: str
+    devices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why nothing could be placed now."""
+
+    reason: str
+
+
+def choose(need: Need, free: Sequence[FreeNode]) -> tuple[Share, ...] | Refusal:
+    """All hosts of a job or none.
+
+    Among the hosts that fit, those with the fewest free devices come first, so that large gaps stay for large jobs. The
+    lowest device ids are taken, which on Ascend hosts keeps a small job inside one HCCS ring.
+    """
+    if need.devices_per_node == 0:
+        fitting = sorted((node for node in free if node.host_slots > 0), key=lambda node: (-node.host_slots, node.name))
+    else:
+        fitting = sorted(
+            (node for node in free if len(node.devices) >= need.devices_per_node), key=lambda node: (len(node.devices), node.name)
+        )
+    if len(fitting) < need.num_nodes:
+        return Refusal(_explain(need, free, len(fitting)))
+    return tuple(Share(node.name, tuple(sorted(node.devices)[: need.devices_per_node])) for node in fitting[: need.num_nodes])
+
+
+def _explain(need: Need, free: Sequence[FreeNode], fitting: int) -> str:
+    if not free:
+        return "no healthy host is connected"
+    if need.devices_per_node == 0:
+        return "all hosts run as many device-less jobs as they may (TEMPER_HOST_JOBS)"
+    state = ", ".join(f"{node.name}: {len(node.devices)} free" for node in free)
+    return f"needs {need.num_nodes} host(s) with {need.devices_per_node} free device(s); {fitting} fit(s) now ({state})"
