@@ -1,0 +1,239 @@
+"""Rows to batches: packing, image decoding ahead of use, and the order of the run.
+
+Decoding runs in threads: Pillow and numpy let go of the interpreter lock while they work on pixels, nothing has to be
+copied between processes, and no process is forked after a device was initialised.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from core.data.dataset import NO_TARGET, Row, TokenisedDataset
+from core.data.media import ImageError, ImageProcessing, UnreadableImage
+from core.data.plan import StepPlan
+from core.errors import InvalidDataset
+from core.models.batch import PackedBatch
+from core.models.positions import mrope_positions
+from core.models.qwen2_5_vl.family import Config
+
+
+@dataclass(frozen=True)
+class LoadedStep:
+    """One optimizer step's work on this rank."""
+
+    plan: StepPlan
+    num_samples: int
+    """Of the global batch."""
+    num_tokens: int
+    """Of the global batch, without padding."""
+    num_targets: int
+    """Learnt tokens of the global batch: what the loss is divided by."""
+    micro_batches: Iterator[PackedBatch]
+    """This rank's, `plan.num_micro_batches` of them, each ready or awaited when asked for; may be empty batches."""
+
+
+class StepLoader:
+    """Endless steps of one data-parallel rank from `consumed_samples` on, with batches prepared ahead of use.
+
+    A context manager that ends its threads.
+
+    `plan` maps a count of consumed samples to the step's plan (see plan.plan_step). `with_pixels=False` leaves pixels
+    out, for ranks that do not embed patches: the batch's `grid_thw` still tells how many there are. `pad_to_tokens` and
+    `pad_to_patches` fill every batch up to that size, for devices that want static shapes.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenisedDataset,
+        config: Config,
+        plan: Callable[[int], StepPlan],
+        *,
+        consumed_samples: int = 0,
+        dp_rank: int = 0,
+        with_pixels: bool = True,
+        pad_to_tokens: int | None = None,
+        pad_to_patches: int | None = None,
+        num_threads: int = 2,
+        prefetch: int = 4,
+    ) -> None:
+        self._dataset = dataset
+        self._config = config
+        self._plan = plan
+        self._consumed_samples = consumed_samples
+        self._dp_rank = dp_rank
+        self._with_pixels = with_pixels
+        self._pad_to_tokens = pad_to_tokens
+        self._pad_to_patches = pad_to_patches
+        self._prefetch = max(1, prefetch)
+        self._pool = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="loader")
+
+    def __enter__(self) -> StepLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop what was prepared ahead and end the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[LoadedStep]:
+        upcoming = self._submissions()
+        ahead: deque[tuple[StepPlan, Future[PackedBatch]]] = deque(itertools.islice(upcoming, self._prefetch))
+
+        def next_batch(plan: StepPlan) -> PackedBatch:
+            planned, future = ahead.popleft()
+            assert planned is plan, "the micro-batches of a step were not all consumed"
+            ahead.extend(itertools.islice(upcoming, 1))
+            return future.result()
+
+        while True:
+            plan = ahead[0][0]
+            rows = list(plan.rows)
+            yield LoadedStep(
+                plan=plan,
+                num_samples=len(rows),
+                num_tokens=int(self._dataset.lengths[rows].sum()),
+                num_targets=int(self._dataset.num_targets[rows].sum()),
+                micro_batches=(next_batch(plan) for _ in range(plan.num_micro_batches)),
+            )
+            while ahead[0][0] is plan:  # the caller broke off the step
+                ahead.popleft()[1].cancel()
+                ahead.extend(itertools.islice(upcoming, 1))
+
+    def _submissions(self) -> Iterator[tuple[StepPlan, Future[PackedBatch]]]:
+        consumed = self._consumed_samples
+        while True:
+            plan = self._plan(consumed)
+            consumed += len(plan.rows)
+            for rows in plan.micro_batches[self._dp_rank]:
+                yield plan, self._pool.submit(self._build, rows)
+
+    def _build(self, rows: tuple[int, ...]) -> PackedBatch:
+        return build_batch(
+            [self._dataset.row(row) for row in rows],
+            self._config,
+            processing=self._dataset.meta.image_processing,
+            with_pixels=self._with_pixels,
+            pad_to_tokens=self._pad_to_tokens,
+            pad_to_patches=self._pad_to_patches,
+            pad_token_id=self._dataset.meta.pad_token_id,
+        )
+
+
+def build_batch(
+    rows: Sequence[Row],
+    config: Config,
+    *,
+    processing: ImageProcessing,
+    with_pixels: bool = True,
+    pad_to_tokens: int | None = None,
+    pad_to_patches: int | None = None,
+    pad_token_id: int = 0,
+) -> PackedBatch:
+    """Pack samples end to end, decoding their images.
+
+    Padding is one more sample of pad tokens without targets, and one more image of zeros whose features no token takes.
+    No rows and no padding give an empty batch (T = 0). Raises UnreadableImage naming row and file, InvalidDataset when
+    tokens and images of a row disagree or the batch is larger than what it shall be filled up to.
+    """
+    parts = [_part(row, config, processing, with_pixels) for row in rows]
+    grids = [grid for row in rows for grid in row.grid_thw]
+    pixels = [values for part in parts for values in part.pixels]
+    if missing := _missing(sum(len(row.input_ids) for row in rows), pad_to_tokens, "tokens"):
+        parts.append(_padding(missing, pad_token_id, config))
+    if missing := _missing(sum(t * h * w for t, h, w in grids), pad_to_patches, "image patches"):
+        grids.append(padding_grid(missing, processing.merge_size))
+        pixels += [np.zeros((missing, processing.patch_dim), np.float32)] if with_pixels else []
+    return PackedBatch(
+        input_ids_T=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(part.input_ids for part in parts)])),
+        position_ids_3T=torch.cat([torch.empty(3, 0, dtype=torch.int64), *(part.positions for part in parts)], dim=1),
+        targets_T=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(part.targets for part in parts)])),
+        cu_seqlens=tuple(itertools.accumulate((len(part.input_ids) for part in parts), initial=0)),
+        pixel_values_PD=torch.from_numpy(np.concatenate([np.empty((0, processing.patch_dim), np.float32), *pixels])),
+        grid_thw=tuple(grids),
+        rows=tuple(row.index for row in rows),
+    )
+
+
+def padding_grid(num_patches: int, merge_size: int) -> tuple[int, int, int]:
+    """The (t, h, w) nearest to a square with that many patches, a multiple of merge_size²."""
+    if num_patches % merge_size**2:
+        raise InvalidDataset(f"{num_patches} patches of padding are not a multiple of merge_size² ({merge_size**2})")
+    merged = num_patches // merge_size**2
+    h = next(h for h in range(math.isqrt(merged), 0, -1) if merged % h == 0)
+    return 1, h * merge_size, merged // h * merge_size
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One sample's share of a batch."""
+
+    input_ids: np.ndarray
+    targets: np.ndarray
+    positions: torch.Tensor
+    """M-RoPE, [3, L]"""
+    pixels: list[np.ndarray]
+
+
+def _part(row: Row, config: Config, processing: ImageProcessing, with_pixels: bool) -> _Part:
+    _check_image_tokens(row, config, processing)
+    return _Part(
+        input_ids=row.input_ids.astype(np.int64),
+        targets=row.targets,
+        positions=mrope_positions(row.input_ids.tolist(), row.grid_thw, config),
+        pixels=_pixels(row, processing) if with_pixels else [],
+    )
+
+
+def _missing(size: int, wanted: int | None, unit: str) -> int:
+    if wanted is not None and size > wanted:
+        raise InvalidDataset(f"the batch has {size} {unit}, its budget is {wanted}")
+    return 0 if wanted is None else wanted - size
+
+
+def _padding(length: int, pad_token_id: int, config: Config) -> _Part:
+    input_ids = np.full(length, pad_token_id, np.int64)
+    return _Part(
+        input_ids=input_ids,
+        targets=np.full(length, NO_TARGET, np.int64),
+        positions=mrope_positions(input_ids.tolist(), (), config),
+        pixels=[],
+    )
+
+
+def _check_image_tokens(row: Row, config: Config, processing: ImageProcessing) -> None:
+    in_text = int((row.input_ids == config.image_token_id).sum())
+    from_images = sum(processing.num_tokens(grid) for grid in row.grid_thw)
+    if in_text != from_images:
+        raise InvalidDataset(
+            f"row {row.source_row}: {in_text} image tokens in the text, {from_images} by its images' sizes",
+            hint="make the data set again with this model's folder as tokenizer",
+        )
+
+
+def _pixels(row: Row, processing: ImageProcessing) -> list[np.ndarray]:
+    pixels = []
+    for path, expected in zip(row.images, row.grid_thw, strict=True):
+        try:
+            values, grid = processing.load(path)
+        except ImageError as error:
+            raise UnreadableImage(
+                f"row {row.source_row}: image {path}: {error}",
+                hint="restore the file, or make the data set again: its check refuses such rows",
+            ) from error
+        if grid != expected:
+            raise UnreadableImage(
+                f"row {row.source_row}: image {path} now gives the grid {grid}, the data set was made with {expected}",
+                hint="the file has changed since; make the data set again",
+            )
+        pixels.append(values)
+    return pixels

@@ -1,0 +1,271 @@
+"""Images: size from the header, decode check, and preprocessing equal to transformers' Qwen2VLImageProcessor.
+
+Letters in shapes: P patches, D = channels · temporal_patch · patch · patch. P runs over merge×merge blocks of patches,
+block rows before block columns, so that the 4 patches that the merger joins are neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from core.errors import AppError, InvalidModel
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Decoders that user files may reach (JPEG includes MPO); Pillow has others that call programs or are rarely tested."""
+
+MAX_DECODE_PIXELS = 80_000_000
+"""Larger images are refused before they are decoded: 240 MB as RGB."""
+
+MAX_ASPECT_RATIO = 200
+"""Limit of smart_resize, as in transformers."""
+
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation → what turns the stored image upright."""
+
+
+class ImageError(Exception):
+    """An image that cannot be used; `code` is stable, the message does not repeat the file's name."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class UnreadableImage(AppError):
+    """An image that passed the data set job cannot be read in training any more."""
+
+    code, status = "unreadable_image", 422
+
+
+@dataclass(frozen=True)
+class ImageProcessing:
+    """How images become patches; from the model's preprocessor_config.json."""
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    rescale_factor: float = 1 / 255
+    resample: int = int(Image.Resampling.BICUBIC)
+
+    @classmethod
+    def from_model_dir(cls, path: Path) -> ImageProcessing:
+        """Read preprocessor_config.json (or the image_processor part of processor_config.json) of a model folder.
+
+        Defaults are Qwen2.5-VL's where neither file exists. Raises InvalidModel naming the field.
+        """
+        for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+            file = Path(path) / name
+            if not file.exists():
+                continue
+            try:
+                values = json.loads(file.read_text(encoding="utf-8"))
+                values = values if key is None else values.get(key)
+            except (ValueError, AttributeError) as error:
+                raise InvalidModel(f"{name} is not JSON: {error}") from error
+            if values is not None:
+                return cls._from_hf(values, name)
+        return cls()
+
+    @classmethod
+    def _from_hf(cls, values: Mapping[str, Any], name: str) -> ImageProcessing:
+        for flag in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+            if values.get(flag, True) is not True:
+                raise InvalidModel(f"{name}: {flag} must be true, got {values[flag]!r}")
+        size = values.get("size") or {}
+        given = {
+            "patch_size": values.get("patch_size"),
+            "temporal_patch_size": values.get("temporal_patch_size"),
+            "merge_size": values.get("merge_size"),
+            "min_pixels": _first(values.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels")),
+            "max_pixels": _first(values.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels")),
+            "mean": values.get("image_mean"),
+            "std": values.get("image_std"),
+            "rescale_factor": values.get("rescale_factor"),
+            "resample": values.get("resample"),
+        }
+        try:
+            return cls.from_dict({key: value for key, value in given.items() if value is not None})
+        except (TypeError, ValueError) as error:
+            raise InvalidModel(f"{name}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ImageProcessing:
+        """Build from JSON values; raises TypeError for an unknown key, ValueError for an impossible value."""
+        as_tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        made = cls(**as_tuples)
+        for field in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
+            value = getattr(made, field)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field} must be a positive whole number, got {value!r}")
+        if len(made.mean) != 3 or len(made.std) != 3:
+            raise ValueError(f"mean and std need 3 numbers each, got {made.mean} and {made.std}")
+        return made
+
+    def limited(self, *, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageProcessing:
+        """The same with other pixel limits; a limit that is None or 0 stays the model's own, within the other one."""
+        high = max_pixels or self.max_pixels
+        low = min_pixels or min(self.min_pixels, high)
+        return replace(self, min_pixels=low, max_pixels=max(high, low))
+
+    @property
+    def patch_dim(self) -> int:
+        """D: numbers per patch."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+    def grid(self, height: int, width: int) -> tuple[int, int, int]:
+        """(t, h, w) in patches of an image of that size in pixels; raises ImageError."""
+        height, width = smart_resize(
+            height, width, self.patch_size * self.merge_size, min_pixels=self.min_pixels, max_pixels=self.max_pixels
+        )
+        return 1, height // self.patch_size, width // self.patch_size
+
+    def num_tokens(self, grid: tuple[int, int, int]) -> int:
+        """Tokens that an image of that grid takes in the text."""
+        t, h, w = grid
+        return t * h * w // self.merge_size**2
+
+    def patches(self, image: Image.Image) -> tuple[npt.NDArray[np.float32], tuple[int, int, int]]:
+        """Patches [P, D] and (t, h, w) of an upright RGB image; raises ImageError."""
+        grid = self.grid(image.height, image.width)
+        size = (grid[2] * self.patch_size, grid[1] * self.patch_size)
+        pixels_HWC = np.asarray(image.resize(size, resample=Image.Resampling(self.resample)))
+        return self._patchify(pixels_HWC, grid), grid
+
+    def load(self, path: Path) -> tuple[npt.NDArray[np.float32], tuple[int, int, int]]:
+        """Decode a file to patches [P, D] and (t, h, w); raises ImageError."""
+        return self.patches(load_rgb(path))
+
+    def _patchify(self, pixels_HWC: np.ndarray, grid: tuple[int, int, int]) -> npt.NDArray[np.float32]:
+        """Reorder while the pixels are still bytes, then look up their normalised values: exact and quick."""
+        _, h, w = grid
+        p, m, t = self.patch_size, self.merge_size, self.temporal_patch_size
+        blocks = pixels_HWC.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+        normalised = np.empty((h * w, 3, t, p * p), np.float32)
+        for channel, table in enumerate(self._tables()):
+            values = table.take(np.ascontiguousarray(blocks[:, :, :, :, channel]).reshape(h * w, p * p))
+            for frame in range(t):  # a still image is repeated for every frame of a patch
+                normalised[:, channel, frame] = values
+        return normalised.reshape(h * w, self.patch_dim)
+
+    def _tables(self) -> npt.NDArray[np.float32]:
+        """Normalised value of each byte per channel, [3, 256]; operations and precision are those of transformers."""
+        scaled = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        return (scaled[None] - mean[:, None]) / std[:, None]
+
+
+def smart_resize(height: int, width: int, factor: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Size near (height, width) in aspect, with sides that are multiples of `factor` and an area within the limits.
+
+    As in transformers (models/qwen2_vl/image_processing_qwen2_vl.py), except that a side never becomes 0, which there
+    happens when min_pixels is below factor². Raises ImageError past an aspect ratio of 200.
+    """
+    if min(height, width) < 1:
+        raise ImageError("empty_image", f"the image has no pixels ({width}×{height})")
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ImageError("aspect_ratio", f"{width}×{height} has an aspect ratio above {MAX_ASPECT_RATIO}")
+    least = factor if min_pixels < factor**2 else 0
+    new_height = max(least, round(height / factor) * factor)
+    new_width = max(least, round(width / factor) * factor)
+    if new_height * new_width > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / scale / factor) * factor)
+        new_width = max(factor, math.floor(width / scale / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * scale / factor) * factor
+        new_width = math.ceil(width * scale / factor) * factor
+    return new_height, new_width
+
+
+def probe_size(path: Path) -> tuple[int, int]:
+    """(height, width) of the upright image from its header alone; raises ImageError."""
+    with _opened(path) as image:
+        turned = _orientation(image) >= 5
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def check_decodes(path: Path) -> None:
+    """Decode the whole file, at an eighth of its size where the format can; raises ImageError for a damaged one."""
+    with _opened(path) as image:
+        image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+        _decode(image)
+
+
+def load_rgb(path: Path) -> Image.Image:
+    """Decode to an upright RGB image, transparency on white as in transformers' convert_to_rgb; raises ImageError."""
+    with _opened(path) as image:
+        orientation = _orientation(image)
+        _decode(image)
+        return to_rgb(image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB, transparency on white."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _opened(path: Path) -> Image.Image:
+    """Read the header; raises ImageError when the file is missing, no known image, or too large to decode."""
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except FileNotFoundError:
+        raise ImageError("missing_image", "the file does not exist") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("image_too_large", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise ImageError("unreadable_image", f"the file is none of {', '.join(FORMATS)}") from error
+    except Exception as error:  # foreign bytes: a decoder may raise anything
+        raise ImageError("unreadable_image", f"the header cannot be read: {error}") from error
+    if image.width * image.height > MAX_DECODE_PIXELS:
+        image.close()
+        pixels = f"{image.width}×{image.height} pixels"
+        raise ImageError("image_too_large", f"{pixels}, at most {MAX_DECODE_PIXELS} are decoded")
+    return image
+
+
+def _decode(image: Image.Image) -> None:
+    try:
+        image.load()
+    except Exception as error:  # foreign bytes: a decoder may raise anything
+        raise ImageError("unreadable_image", f"the file is damaged: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation as far as the header tells it, 1..8; unreadable EXIF counts as upright."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # PNG may carry EXIF after the pixels, and asking for it would decode them
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # noqa: BLE001 - foreign bytes: the parser may raise anything
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)

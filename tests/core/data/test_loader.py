@@ -1,0 +1,166 @@
+"""Batches against the rows they were made of, and the order in which steps come."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.data.dataset import NO_TARGET, TokenisedDataset
+from core.data.loader import StepLoader, build_batch, padding_grid
+from core.data.media import ImageProcessing, UnreadableImage
+from core.data.plan import StepPlan, plan_step
+from core.errors import InvalidDataset
+from core.models.batch import PackedBatch
+from core.models.positions import mrope_positions
+from core.models.qwen2_5_vl.family import Config
+
+torch.set_num_threads(1)
+PROCESSING = ImageProcessing()
+
+
+class TestBuildBatch:
+    def test_packs_samples_end_to_end(self, dataset_dir: Path, config: Config) -> None:
+        dataset = TokenisedDataset(dataset_dir)
+        rows = [dataset.row(0), dataset.row(1)]
+        batch = build_batch(rows, config, processing=PROCESSING)
+        first = len(rows[0].input_ids)
+        assert batch.cu_seqlens == (0, first, first + len(rows[1].input_ids))
+        assert batch.input_ids_T[:first].tolist() == rows[0].input_ids.tolist()
+        assert batch.targets_T[first:].tolist() == rows[1].targets.tolist()
+        assert batch.grid_thw == rows[0].grid_thw + rows[1].grid_thw
+        assert batch.rows == (0, 1)
+        assert torch.equal(
+            batch.position_ids_3T[:, first:], mrope_positions(rows[1].input_ids.tolist(), rows[1].grid_thw, config)
+        )
+        expected = torch.cat([torch.from_numpy(PROCESSING.load(image)[0]) for row in rows for image in row.images])
+        assert torch.equal(batch.pixel_values_PD, expected)
+
+    def test_no_rows_give_an_empty_batch(self, config: Config) -> None:
+        batch = build_batch([], config, processing=PROCESSING)
+        assert (batch.num_tokens, batch.num_patches, batch.cu_seqlens, batch.grid_thw) == (0, 0, (0,), ())
+        assert batch.position_ids_3T.shape == (3, 0)
+        assert batch.pixel_values_PD.shape == (0, PROCESSING.patch_dim)
+
+    def test_text_needs_no_image(self, dataset_dir: Path, config: Config) -> None:
+        row = TokenisedDataset(dataset_dir, "validation").row(0)
+        assert build_batch([row], config, processing=PROCESSING).num_patches == 0
+
+    def test_padding_is_one_more_sample_and_one_more_image(self, dataset_dir: Path, config: Config) -> None:
+        row = TokenisedDataset(dataset_dir).row(0)
+        plain = build_batch([row], config, processing=PROCESSING)
+        padded = build_batch([row], config, processing=PROCESSING, pad_to_tokens=64, pad_to_patches=64, pad_token_id=9)
+        size = plain.num_tokens
+        assert padded.cu_seqlens == (0, size, 64)
+        assert torch.equal(padded.input_ids_T[:size], plain.input_ids_T)
+        assert set(padded.input_ids_T[size:].tolist()) == {9}
+        assert set(padded.targets_T[size:].tolist()) == {NO_TARGET}
+        assert padded.position_ids_3T[0, size:].tolist() == list(range(64 - size))
+        assert padded.num_patches == 64 == sum(t * h * w for t, h, w in padded.grid_thw)
+        assert not padded.pixel_values_PD[plain.num_patches :].any()
+        assert padded.rows == (0,)
+
+    def test_more_than_the_budget_is_refused(self, dataset_dir: Path, config: Config) -> None:
+        row = TokenisedDataset(dataset_dir).row(0)
+        with pytest.raises(InvalidDataset, match="tokens, its budget is 4"):
+            build_batch([row], config, processing=PROCESSING, pad_to_tokens=4)
+
+    def test_ranks_without_patches_read_no_image(self, dataset_dir: Path, config: Config, media_root: Path) -> None:
+        (media_root / "0.png").unlink()
+        batch = build_batch([TokenisedDataset(dataset_dir).row(0)], config, processing=PROCESSING, with_pixels=False)
+        assert (batch.num_patches, batch.grid_thw) == (0, ((1, 4, 6),))
+
+    @pytest.mark.parametrize("content", [None, b"no image"])
+    def test_a_lost_image_is_named_with_its_row(
+        self, dataset_dir: Path, config: Config, media_root: Path, content: bytes | None
+    ) -> None:
+        (media_root / "2.png").unlink()
+        if content:
+            (media_root / "2.png").write_bytes(content)
+        with pytest.raises(UnreadableImage, match=r"row 13: image .*2\.png: "):
+            build_batch([TokenisedDataset(dataset_dir).row(1)], config, processing=PROCESSING)
+
+    def test_an_image_that_changed_its_size_is_named(self, dataset_dir: Path, config: Config, media_root: Path) -> None:
+        (media_root / "0.png").write_bytes((media_root / "1.png").read_bytes())
+        with pytest.raises(UnreadableImage, match=r"row 11: image .*0\.png now gives the grid \(1, 2, 8\)"):
+            build_batch([TokenisedDataset(dataset_dir).row(0)], config, processing=PROCESSING)
+
+    def test_image_tokens_that_do_not_match_name_the_row(self, dataset_dir: Path, config: Config) -> None:
+        row = replace(TokenisedDataset(dataset_dir).row(0), grid_thw=((1, 8, 8),))
+        with pytest.raises(InvalidDataset, match="row 11: 6 image tokens in the text, 16 by its images' sizes"):
+            build_batch([row], config, processing=PROCESSING)
+
+
+class TestPaddingGrid:
+    def test_is_near_a_square(self) -> None:
+        assert padding_grid(64, 2) == (1, 8, 8)
+        assert padding_grid(8, 2) == (1, 2, 4)
+
+    def test_refuses_what_cannot_be_merged(self) -> None:
+        with pytest.raises(InvalidDataset, match="6 patches"):
+            padding_grid(6, 2)
+
+
+class TestStepLoader:
+    @staticmethod
+    def loader(dataset_dir: Path, config: Config, *, dp: int = 1, rank: int = 0, consumed: int = 0) -> StepLoader:
+        dataset = TokenisedDataset(dataset_dir)
+
+        def plan(consumed_samples: int) -> StepPlan:
+            return plan_step(
+                dataset.lengths,
+                dataset.patches,
+                seed=5,
+                consumed_samples=consumed_samples,
+                global_batch_size=4,
+                dp_size=dp,
+                token_budget=32,
+            )
+
+        return StepLoader(dataset, config, plan, dp_rank=rank, consumed_samples=consumed)
+
+    @staticmethod
+    def batches(loader: StepLoader, steps: int) -> list[list[PackedBatch]]:
+        with loader:
+            return [list(step.micro_batches) for step in itertools.islice(loader, steps)]
+
+    def test_follows_the_plan(self, dataset_dir: Path, config: Config) -> None:
+        with self.loader(dataset_dir, config) as loader:
+            for number, step in enumerate(itertools.islice(loader, 5)):
+                assert step.plan.first_position == 4 * number
+                assert tuple(batch.rows for batch in step.micro_batches) == step.plan.micro_batches[0]
+                assert (step.num_samples, step.num_targets) == (4, 8)
+
+    def test_goes_on_where_it_stopped(self, dataset_dir: Path, config: Config) -> None:
+        through = self.batches(self.loader(dataset_dir, config), 4)
+        resumed = self.batches(self.loader(dataset_dir, config, consumed=8), 2)
+        for whole, again in zip(through[2:], resumed, strict=True):
+            for left, right in zip(whole, again, strict=True):
+                assert left.rows == right.rows
+                assert torch.equal(left.pixel_values_PD, right.pixel_values_PD)
+
+    def test_ranks_share_the_rows_of_one(self, dataset_dir: Path, config: Config) -> None:
+        def rows(batches: list[PackedBatch]) -> list[int]:
+            return [row for batch in batches for row in batch.rows]
+
+        alone = self.batches(self.loader(dataset_dir, config), 3)
+        ranks = [self.batches(self.loader(dataset_dir, config, dp=3, rank=rank), 3) for rank in range(3)]
+        for step in range(3):
+            assert len({len(rank[step]) for rank in ranks}) == 1
+            assert sorted(rows(alone[step])) == sorted(row for rank in ranks for row in rows(rank[step]))
+
+    def test_a_step_that_was_broken_off_is_skipped(self, dataset_dir: Path, config: Config) -> None:
+        with self.loader(dataset_dir, config) as loader:
+            steps = iter(loader)
+            next(steps)
+            second = next(steps)
+            assert second.plan.first_position == 4
+            assert [batch.rows for batch in second.micro_batches] == list(second.plan.micro_batches[0])
+
+    def test_an_image_lost_in_mid_run_ends_it(self, dataset_dir: Path, config: Config, media_root: Path) -> None:
+        (media_root / "1.png").unlink()
+        with pytest.raises(UnreadableImage, match=r"1\.png"):
+            self.batches(self.loader(dataset_dir, config), 2)
