@@ -141,8 +141,8 @@ class Stage:
     has_embedding: bool
     has_output: bool
 
-    def layers(self, place: Place) -> range | None:
-        """Global layers that the stage holds of a layered place; for the other places one (unnamed) or none."""
+    def layers(self, place: Place) -> range:
+        """Global layers that the stage holds of a layered place; of the other places one, number 0, or none."""
         match place:
             case Place.VIT_LAYER:
                 return self.vit_layers
