@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import httpx
 import psutil
@@ -140,9 +141,9 @@ class Postgres:
         owner = _unprivileged_user()
         if not (self.folder / "PG_VERSION").exists():
             command = [
-                postgres.with_name("initdb"),
+                str(postgres.with_name("initdb")),
                 "-D",
-                self.folder,
+                str(self.folder),
                 "-U",
                 "temper",
                 "--auth=trust",
@@ -160,7 +161,7 @@ class Postgres:
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [postgres, "-D", self.folder, *options],
+                [str(postgres), "-D", str(self.folder), *options],
                 stdout=log,
                 stderr=log,
                 cwd="/",
@@ -191,7 +192,7 @@ class Postgres:
 
     def _execute(self, statement: str) -> None:
         with contextlib.closing(self._connect()) as connection:
-            connection.execute(statement)  # type: ignore[call-overload]  # names are made above, not taken from outside
+            connection.execute(statement)  # names are made above, not taken from outside
 
     def _answers(self) -> bool:
         if self.process is not None and self.process.poll() is not None:
@@ -203,7 +204,7 @@ class Postgres:
         return True
 
 
-def _unprivileged_user() -> dict[str, object]:
+def _unprivileged_user() -> dict[str, Any]:
     """How root starts a process that refuses root: as the system user postgres, or nobody. Empty for anybody else."""
     if os.geteuid() != 0:
         return {}
@@ -262,7 +263,7 @@ class RedisServer:
         }  # fmt: skip
         options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         self.process = subprocess.Popen(
-            [require_program("redis-server"), *options],
+            [str(require_program("redis-server")), *options],
             stdout=subprocess.DEVNULL,
             preexec_fn=_die_with_parent(signal.SIGTERM),
         )
@@ -416,7 +417,7 @@ class TemperCluster:
         kill_home(self.home)
 
     def _environment(self) -> dict[str, str]:
-        roots = {"TEMPER_ALLOW_ROOTS": json_list(self.allow_roots)} if self.allow_roots else {}
+        roots = {"TEMPER_ALLOW_ROOTS": os.pathsep.join(map(str, self.allow_roots))} if self.allow_roots else {}
         return {
             "TEMPER_DATABASE_URL": self.database_url,
             "TEMPER_BROKER_URL": self.broker_url,
@@ -431,11 +432,6 @@ class TemperCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-
-
-def json_list(paths: Sequence[Path]) -> str:
-    """pydantic-settings reads lists from the environment as JSON."""
-    return "[" + ", ".join(f'"{path}"' for path in paths) + "]"
 
 
 def start_temper(
