@@ -20,8 +20,12 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="TEMPER_", frozen=True, extra="ignore")
 
-    home: Path = Field(Path("~/.temper"), description="Folder of the embedded database, broker, artifacts, logs and admin key.")
-    store: Path | None = Field(None, description="Artifact store and job folders; HOME/store if absent. Shared by all hosts.")
+    home: Path = Field(
+        Path("~/.temper"), description="Folder of the embedded database, broker, artifacts, logs and admin key."
+    )
+    store: Path | None = Field(
+        None, description="Artifact store and job folders; HOME/store if absent. Shared by all hosts."
+    )
     database_url: str | None = Field(None, description="SQLAlchemy URL; SQLite under HOME if absent.")
     broker_url: str | None = Field(None, description="Celery broker URL (redis://…); files under HOME if absent.")
     host: str = Field("127.0.0.1", description="Address that the API binds to.")
@@ -33,10 +37,16 @@ class Settings(BaseSettings):
     node_name: str = Field(default_factory=socket.gethostname, description="Name of this host in the cluster.")
     node_address: str = Field("127.0.0.1", description="Address at which other hosts reach this one's rendezvous.")
     device_kind: Literal["auto", "npu", "cuda", "cpu"] = Field("auto", description="What this host trains on.")
-    devices: int | None = Field(None, ge=0, le=1024, description="Devices to offer; detected if absent (CPU: one per core, at least 2).")
-    host_jobs: int = Field(2, ge=1, le=256, description="Jobs without a device (conversion, dataset) that run here at once.")
+    devices: int | None = Field(
+        None, ge=0, le=1024, description="Devices to offer; detected if absent (CPU: one per core, at least 2)."
+    )
+    host_jobs: int = Field(
+        2, ge=1, le=256, description="Jobs without a device (conversion, dataset) that run here at once."
+    )
 
-    heartbeat_s: float = Field(2.0, gt=0, description="Seconds between lease renewals and between looks at the cancel flag.")
+    heartbeat_s: float = Field(
+        2.0, gt=0, description="Seconds between lease renewals and between looks at the cancel flag."
+    )
     lease_ttl_s: float = Field(60.0, gt=0, description="Seconds after which an unrenewed lease is void.")
     fence_margin_s: float = Field(5.0, ge=0, description="Seconds after a lease's end before its devices are given on.")
     start_timeout_s: float = Field(60.0, gt=0, description="Seconds for a host to take up a job placed on it.")
@@ -51,7 +61,9 @@ class Settings(BaseSettings):
     max_unpacked_bytes: int = Field(4 << 40, ge=1, description="Most bytes that an archive may unpack to.")
     max_unpacked_files: int = Field(2_000_000, ge=1, description="Most files that an archive may hold.")
     max_unpack_ratio: float = Field(200.0, gt=1, description="Largest ratio of unpacked to packed size.")
-    hash_limit_bytes: int = Field(2 << 30, ge=0, description="Registered folders up to this size are hashed at registration.")
+    hash_limit_bytes: int = Field(
+        2 << 30, ge=0, description="Registered folders up to this size are hashed at registration."
+    )
     sse_lifetime_s: float = Field(3600.0, gt=0, description="Longest life of one event stream; the client resumes.")
     log_format: Literal["json", "console"] = Field("console", description="Form of the service's own logs.")
 

@@ -48,7 +48,9 @@ def reap(database: Database, settings: Settings, now: datetime) -> None:
     margin = timedelta(seconds=settings.fence_margin_s)
     with database.read() as session:
         expired = session.scalars(
-            select(Lease.attempt_id).where(Lease.state.in_(("pending", "held")), Lease.expires_at < now - margin).distinct()
+            select(Lease.attempt_id)
+            .where(Lease.state.in_(("pending", "held")), Lease.expires_at < now - margin)
+            .distinct()
         ).all()
     for attempt_id in expired:
         try:
@@ -66,7 +68,9 @@ def _lose(session: Session, attempt: Attempt, settings: Settings) -> None:
     reason = f"attempt {attempt.number} on {nodes} " + (
         f"was not taken up within {settings.start_timeout_s:g} s" if never_started else "stopped renewing its lease"
     )
-    session.execute(update(Lease).where(Lease.attempt_id == attempt.id, Lease.state != "released").values(state="released"))
+    session.execute(
+        update(Lease).where(Lease.attempt_id == attempt.id, Lease.state != "released").values(state="released")
+    )
     attempt.state, attempt.finished_at, attempt.exit = "lost", utcnow(), {"reason": reason}
     log.warning("attempt.lost", job_id=job.id, attempt=attempt.number, nodes=nodes)
     match JobState(job.state):
@@ -75,7 +79,11 @@ def _lose(session: Session, attempt: Attempt, settings: Settings) -> None:
         case JobState.STARTING | JobState.RUNNING if job.retries_left > 0:
             transition(session, job, JobState.QUEUED, reason, attempt=attempt.number, retries_left=job.retries_left - 1)
         case JobState.STARTING | JobState.RUNNING:
-            error = {"code": "attempt_lost", "message": reason, "hint": f"all {job.max_attempts} attempts are used; POST …/retry tries again"}
+            error = {
+                "code": "attempt_lost",
+                "message": reason,
+                "hint": f"all {job.max_attempts} attempts are used; POST …/retry tries again",
+            }
             transition(session, job, JobState.FAILED, reason, attempt=attempt.number, error=error)
         case _:
             pass
@@ -94,7 +102,9 @@ def release_dependants(database: Database) -> None:
 
 
 def _release(session: Session, job: Job) -> None:
-    sources = session.scalars(select(Job).join(JobInput, JobInput.source_job_id == Job.id).where(JobInput.job_id == job.id)).all()
+    sources = session.scalars(
+        select(Job).join(JobInput, JobInput.source_job_id == Job.id).where(JobInput.job_id == job.id)
+    ).all()
     broken = [source for source in sources if source.state in (JobState.FAILED.value, JobState.CANCELLED.value)]
     if broken:
         message = f"input job {broken[0].id} ({broken[0].name}) {broken[0].state}"
@@ -108,7 +118,9 @@ def place(database: Database, settings: Settings, now: datetime) -> None:
     """Give devices to queued jobs, highest priority and then longest wait first; a job that does not fit lets others pass."""
     with database.read() as session:
         queued = session.scalars(
-            select(Job.id).where(Job.state == JobState.QUEUED.value).order_by(Job.priority.desc(), Job.queued_at, Job.id)
+            select(Job.id)
+            .where(Job.state == JobState.QUEUED.value)
+            .order_by(Job.priority.desc(), Job.queued_at, Job.id)
         ).all()
     for job_id in queued:
         try:
@@ -173,7 +185,9 @@ def free_nodes(session: Session, settings: Settings, now: datetime) -> list[Free
     return [
         FreeNode(
             name=node.name,
-            devices=tuple(device["id"] for device in node.devices if device["healthy"] and device["id"] not in used[node.name]),
+            devices=tuple(
+                device["id"] for device in node.devices if device["healthy"] and device["id"] not in used[node.name]
+            ),
             host_slots=node.host_jobs - hosted[node.name],
         )
         for node in nodes
@@ -205,4 +219,6 @@ def _alone(database: Database) -> Iterator[bool]:
     finally:
         if taken == 1:
             with database.write() as session:
-                session.execute(update(Mutex).where(Mutex.name == "scheduler", Mutex.holder == holder).values(holder=""))
+                session.execute(
+                    update(Mutex).where(Mutex.name == "scheduler", Mutex.holder == holder).values(holder="")
+                )

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InvalidDataset, InvalidSpec
-from core.models.hf_folder import inspect_hf_folder
+from core.models.hf_folder import inspect_hf_folder, read_config
 from core.models.mm_folder import inspect_mm_folder
+from core.models.registry import detect
 from core.storage.manifest import walk_files
 
 Inspection = tuple[str, dict[str, Any], int]
@@ -35,12 +36,16 @@ def _look(path: Path) -> str:
 
 
 def _hf_model(path: Path) -> dict[str, Any]:
-    found = inspect_hf_folder(path)
-    return {"family": found.family, "config": found.config}
+    return inspect_hf_folder(path).metadata
 
 
 def _mm_checkpoint(path: Path) -> dict[str, Any]:
-    return inspect_mm_folder(path)
+    found = inspect_mm_folder(path)
+    metadata: dict[str, Any] = {"iteration": found.iteration, "tp_size": found.tp_size, "pp_size": found.pp_size}
+    if found.hf_dir is not None:
+        config = read_config(found.hf_dir)
+        metadata |= {"family": detect(config).name, "config": config}
+    return metadata
 
 
 def _dataset_source(path: Path) -> dict[str, Any]:
@@ -56,4 +61,3 @@ REGISTRABLE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "dataset_source": _dataset_source,
 }
 """Kinds that a user may register or upload."""
-

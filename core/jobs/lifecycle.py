@@ -1,11 +1,11 @@
 """The states of a job, which changes are allowed, and the one function that makes them.
 
-    waiting ──► queued ──► starting ──► running ──► succeeded
-       │          │  ▲        │  │         │  └───► failed
-       │          │  └────────┴──┼─────────┤ (lost: back to the queue)
-       │          │              ▼         ▼
-       └──────────┴──► cancelled ◄── cancelling
-    failed, cancelled ──► queued | waiting   (retry)
+waiting ──► queued ──► starting ──► running ──► succeeded
+   │          │  ▲        │  │         │  └───► failed
+   │          │  └────────┴──┼─────────┤ (lost: back to the queue)
+   │          │              ▼         ▼
+   └──────────┴──► cancelled ◄── cancelling
+failed, cancelled ──► queued | waiting   (retry)
 """
 
 from __future__ import annotations
@@ -82,11 +82,14 @@ def transition(
     if to in FINISHED:
         changes["finished_at"] = now
     updated = session.execute(
-        update(Job).where(Job.id == job.id, Job.state == origin.value).values(**changes), execution_options={"synchronize_session": False}
+        update(Job).where(Job.id == job.id, Job.state == origin.value).values(**changes),
+        execution_options={"synchronize_session": False},
     )
     if updated.rowcount != 1:  # type: ignore[attr-defined]  # an UPDATE gives a CursorResult
         raise InvalidTransition(f"job {job.id} is no longer {origin.value}")
-    append_events(session, job.id, [("state", None, {"from": origin.value, "state": to.value, "reason": reason})], attempt=attempt)
+    append_events(
+        session, job.id, [("state", None, {"from": origin.value, "state": to.value, "reason": reason})], attempt=attempt
+    )
     session.refresh(job)
 
 

@@ -132,7 +132,10 @@ class Planner:
             resources=resources,
             inputs=[
                 PlannedInput(
-                    field=name, kind=s.kind, artifact_id=s.artifact.id if s.artifact else None, job_id=s.job.id if s.job else None
+                    field=name,
+                    kind=s.kind,
+                    artifact_id=s.artifact.id if s.artifact else None,
+                    job_id=s.job.id if s.job else None,
                 )
                 for name, s in subjects.items()
             ],
@@ -142,7 +145,7 @@ class Planner:
             case ConversionSpec():
                 self._conversion(spec, subjects, plan)
             case DatasetSpec():
-                self._dataset(spec, subjects, plan)
+                self._dataset(spec, subjects)
             case TrainingSpec():
                 self._training(spec, subjects, plan)
             case EvaluationSpec():
@@ -157,7 +160,8 @@ class Planner:
         accepted = ACCEPTS[kind, name]
         if subject.kind not in accepted:
             raise InvalidSpec(
-                f"spec.{name}: an artifact of kind {subject.kind} was given; {' or '.join(accepted)} is needed", code="wrong_artifact_kind"
+                f"spec.{name}: an artifact of kind {subject.kind} was given; {' or '.join(accepted)} is needed",
+                code="wrong_artifact_kind",
             )
         return subject
 
@@ -177,13 +181,20 @@ class Planner:
         if state is JobState.SUCCEEDED:
             artifact = repository.output(self.session, job, name)
             if artifact is None:
-                made = ", ".join(item.name for item in repository.outputs(self.session, job.id)) or "nothing that still exists"
+                made = (
+                    ", ".join(item.name for item in repository.outputs(self.session, job.id))
+                    or "nothing that still exists"
+                )
                 raise NotFound(f"job {job.id} has no output {name!r}; it made {made}")
             return of_artifact(artifact)
         if state in (JobState.FAILED, JobState.CANCELLED):
             raise Conflict(f"job {job.id} is {state.value}, its output will not come", hint="retry that job first")
-        if name != main_output(job.kind, job.spec) and not (job.kind == "training" and re.fullmatch(r"checkpoint-\d{7}", name)):
-            raise NotFound(f"job {job.id} will have no output {name!r}; its main output is {main_output(job.kind, job.spec)!r}")
+        if name != main_output(job.kind, job.spec) and not (
+            job.kind == "training" and re.fullmatch(r"checkpoint-\d{7}", name)
+        ):
+            raise NotFound(
+                f"job {job.id} will have no output {name!r}; its main output is {main_output(job.kind, job.spec)!r}"
+            )
         return self._foretell(job)
 
     def _foretell(self, job: Job) -> Subject:
@@ -195,11 +206,19 @@ class Planner:
                 return Subject("hf_model", {"config": source.metadata.get("config")}, source.size_bytes, job=job)
             case ConversionSpec():
                 source = self._look_up(spec.source)
-                metadata = {"config": source.metadata.get("config"), "parallel": _dump(spec.parallel), "canonical": spec.canonical}
+                metadata = {
+                    "config": source.metadata.get("config"),
+                    "parallel": _dump(spec.parallel),
+                    "canonical": spec.canonical,
+                }
                 return Subject("mm_checkpoint", metadata, source.size_bytes, job=job)
             case TrainingSpec():
                 model = self._look_up(spec.model)
-                metadata = {"config": model.metadata.get("config"), "parallel": _dump(spec.parallel.layout), "iteration": spec.train_iters}
+                metadata = {
+                    "config": model.metadata.get("config"),
+                    "parallel": _dump(spec.parallel.layout),
+                    "iteration": spec.train_iters,
+                }
                 return Subject("mm_checkpoint", metadata, model.size_bytes, job=job)
             case DatasetSpec():
                 return Subject("dataset", {"cutoff_len": spec.cutoff_len}, job=job)
@@ -226,7 +245,8 @@ class Planner:
         wanted = SOURCE_OF_OPERATION[spec.operation]
         if source.kind != wanted:
             raise InvalidSpec(
-                f"spec.source: {spec.operation} reads an artifact of kind {wanted}, {source.kind} was given", code="wrong_artifact_kind"
+                f"spec.source: {spec.operation} reads an artifact of kind {wanted}, {source.kind} was given",
+                code="wrong_artifact_kind",
             )
         plan.disk_bytes = source.size_bytes
         if wanted == "mm_checkpoint":
@@ -234,25 +254,33 @@ class Planner:
         if source.config is not None and spec.parallel is not None:
             stages(source.config, spec.parallel)
         if spec.operation == "mm_to_hf" and source.config is None and spec.hf_source is None:
-            raise InvalidSpec("spec.hf_source: the source carries no config.json; name the Hugging Face folder it came from")
+            raise InvalidSpec(
+                "spec.hf_source: the source carries no config.json; name the Hugging Face folder it came from"
+            )
 
     def _source_layout(self, spec: ConversionSpec, source: Subject) -> None:
         known = source.layout
         if known is None and spec.source_parallel is None:
-            raise InvalidSpec("spec.source_parallel: the source does not record its layout; give tp_size, llm_pp_layers, vit_pp_layers")
+            raise InvalidSpec(
+                "spec.source_parallel: the source does not record its layout; give tp_size, llm_pp_layers, vit_pp_layers"
+            )
         if known is not None and spec.source_parallel not in (None, known):
-            raise InvalidSpec(f"spec.source_parallel differs from the layout that the source records: {_dump(known)}; leave it out")
+            raise InvalidSpec(
+                f"spec.source_parallel differs from the layout that the source records: {_dump(known)}; leave it out"
+            )
         if known is None and source.config is not None and spec.source_parallel is not None:
             stages(source.config, spec.source_parallel)
 
-    def _dataset(self, spec: DatasetSpec, subjects: Mapping[str, Subject], plan: Plan) -> None:
+    def _dataset(self, spec: DatasetSpec, subjects: Mapping[str, Subject]) -> None:
         source = subjects["source"]
         root = Path(source.path or (source.artifact.path if source.artifact else ""))
         try:
             resolve_inside(root, spec.annotations)
         except NotFound:
             there = ", ".join(sorted(path.name for path in root.glob("*.json*"))[:8]) or "no JSON file at its top"
-            raise InvalidDataset(f"spec.annotations: {spec.annotations!r} is not in the source, which has {there}") from None
+            raise InvalidDataset(
+                f"spec.annotations: {spec.annotations!r} is not in the source, which has {there}"
+            ) from None
         if not (root / spec.media_root).resolve().is_dir():
             raise InvalidDataset(f"spec.media_root: {spec.media_root!r} is not a folder of the source")
 
@@ -261,7 +289,9 @@ class Planner:
         model, data = subjects["model"], subjects["dataset"]
         plan.steps = spec.train_iters
         if model.metadata.get("canonical"):
-            raise UnsupportedOption("spec.model: a canonical (unfused) checkpoint cannot be trained; convert it with canonical false")
+            raise UnsupportedOption(
+                "spec.model: a canonical (unfused) checkpoint cannot be trained; convert it with canonical false"
+            )
         longest = data.metadata.get("max_length")
         if longest is not None and longest > spec.seq_length:
             raise IncompatiblePlan(
@@ -271,7 +301,9 @@ class Planner:
         if data.metadata.get("num_train") == 0:
             raise InvalidDataset("spec.dataset has no training rows")
         if "resume_from" in subjects and subjects["resume_from"].metadata.get("iteration") is None:
-            raise InvalidSpec("spec.resume_from: not a training checkpoint (it has no iteration); give it as model instead")
+            raise InvalidSpec(
+                "spec.resume_from: not a training checkpoint (it has no iteration); give it as model instead"
+            )
         config = model.config
         if config is None:
             return
@@ -287,7 +319,9 @@ class Planner:
             raise InvalidDataset("spec.dataset has no held-out rows", hint="build it with validation_fraction above 0")
         for name in ("model", "base"):
             if name in subjects and subjects[name].metadata.get("canonical"):
-                raise UnsupportedOption(f"spec.{name}: a canonical (unfused) checkpoint cannot be evaluated; convert it with mm_to_hf first")
+                raise UnsupportedOption(
+                    f"spec.{name}: a canonical (unfused) checkpoint cannot be evaluated; convert it with mm_to_hf first"
+                )
         for index, prompt in enumerate(spec.prompts or ()):
             if prompt.text.count("<image>") not in (0, len(prompt.images)):
                 raise InvalidSpec(

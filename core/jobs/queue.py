@@ -62,7 +62,7 @@ def send_launch(settings: Settings, lease_id: str, node: str) -> None:
 def _send(settings: Settings, task: str, args: tuple[str, ...], queue: str, *, expires: float) -> None:
     try:
         _producer(settings).send_task(task, args=args, queue=queue, expires=expires, ignore_result=True)
-    except Exception as error:  # whatever the transport throws: the message is a hint, the database is the truth
+    except Exception as error:  # noqa: BLE001  whatever the transport throws: the message is a hint, the database is the truth
         log.warning("queue.unavailable", task=task, error=repr(error))
 
 

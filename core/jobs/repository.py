@@ -38,7 +38,9 @@ def inputs(session: Session, job_id: str) -> Sequence[JobInput]:
 def outputs(session: Session, job_id: str) -> Sequence[Artifact]:
     """The artifacts that the job made and that still exist; later ones of a name replace earlier ones."""
     found = session.scalars(
-        select(Artifact).where(Artifact.job_id == job_id, Artifact.deleted_at.is_(None)).order_by(Artifact.created_at, Artifact.id)
+        select(Artifact)
+        .where(Artifact.job_id == job_id, Artifact.deleted_at.is_(None))
+        .order_by(Artifact.created_at, Artifact.id)
     )
     return list({artifact.name: artifact for artifact in found}.values())
 
@@ -73,7 +75,9 @@ def metric_series(
 def log_size(session: Session, attempt_id: str, rank: int = MAIN_LOG) -> int:
     """Bytes of the log that are in the database."""
     end = session.scalar(
-        select(func.max(LogChunk.offset + LogChunk.size)).where(LogChunk.attempt_id == attempt_id, LogChunk.rank == rank)
+        select(func.max(LogChunk.offset + LogChunk.size)).where(
+            LogChunk.attempt_id == attempt_id, LogChunk.rank == rank
+        )
     )
     return end or 0
 

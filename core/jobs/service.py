@@ -55,11 +55,20 @@ def submit(session: Session, *, settings: Settings, store: Store, principal: Pri
     session.flush()
     for name, ref in request.spec.references():
         session.add(
-            JobInput(job_id=job.id, field=name, source_job_id=ref.job, output=ref.output, artifact_id=ref.artifact, path=ref.path)
+            JobInput(
+                job_id=job.id,
+                field=name,
+                source_job_id=ref.job,
+                output=ref.output,
+                artifact_id=ref.artifact,
+                path=ref.path,
+            )
         )
     session.flush()
     job.state = _first_state(session, job.id).value
-    append_events(session, job.id, [("state", None, {"from": None, "state": job.state, "reason": "submitted"})], attempt=None)
+    append_events(
+        session, job.id, [("state", None, {"from": None, "state": job.state, "reason": "submitted"})], attempt=None
+    )
     session.refresh(job)
     return job
 
@@ -83,7 +92,12 @@ def retry(session: Session, job: Job) -> Job:
     match JobState(job.state):
         case JobState.FAILED | JobState.CANCELLED:
             transition(
-                session, job, _first_state(session, job.id), "retried by the user", error=None, retries_left=job.max_attempts - 1
+                session,
+                job,
+                _first_state(session, job.id),
+                "retried by the user",
+                error=None,
+                retries_left=job.max_attempts - 1,
             )
         case JobState.WAITING | JobState.QUEUED:
             pass
@@ -131,7 +145,13 @@ def register(
 
 
 def adopt(
-    session: Session, *, store: Store, principal: Principal, manifest: Manifest, shared: bool = False, path: Path | None = None
+    session: Session,
+    *,
+    store: Store,
+    principal: Principal,
+    manifest: Manifest,
+    shared: bool = False,
+    path: Path | None = None,
 ) -> Artifact:
     """Record a published artifact; `path` is where the files lie if not in the store."""
     artifact = Artifact(
@@ -157,11 +177,15 @@ def delete_artifact(session: Session, artifact: Artifact) -> None:
     """Mark an artifact as deleted; the caller removes its files after the commit. Refused while something needs it."""
     users = [*_jobs_naming(session, artifact), *_jobs_using_output(session, artifact)]
     if users:
-        raise Conflict(f"artifact {artifact.id} is used by job {users[0]}, which has not finished", hint="cancel that job first")
+        raise Conflict(
+            f"artifact {artifact.id} is used by job {users[0]}, which has not finished", hint="cancel that job first"
+        )
     if artifact.kind == "dataset_source":
         children = _datasets_reading(session, artifact)
         if children:
-            raise Conflict(f"artifact {artifact.id} holds the images of data set {children[0]}", hint="delete that data set first")
+            raise Conflict(
+                f"artifact {artifact.id} holds the images of data set {children[0]}", hint="delete that data set first"
+            )
     artifact.deleted_at = utcnow()
 
 
@@ -174,7 +198,9 @@ def _first_state(session: Session, job_id: str) -> JobState:
 
 def _jobs_naming(session: Session, artifact: Artifact) -> Sequence[str]:
     return session.scalars(
-        select(Job.id).join(JobInput, JobInput.job_id == Job.id).where(JobInput.artifact_id == artifact.id, Job.state.in_(_LIVE))
+        select(Job.id)
+        .join(JobInput, JobInput.job_id == Job.id)
+        .where(JobInput.artifact_id == artifact.id, Job.state.in_(_LIVE))
     ).all()
 
 
@@ -189,7 +215,9 @@ def _jobs_using_output(session: Session, artifact: Artifact) -> Sequence[str]:
 
 
 def _datasets_reading(session: Session, artifact: Artifact) -> list[str]:
-    rows = session.execute(select(Artifact.id, Artifact.parents).where(Artifact.kind == "dataset", Artifact.deleted_at.is_(None)))
+    rows = session.execute(
+        select(Artifact.id, Artifact.parents).where(Artifact.kind == "dataset", Artifact.deleted_at.is_(None))
+    )
     return [found for found, parents in rows if artifact.id in parents]
 
 
@@ -202,4 +230,3 @@ def _planner(session: Session, settings: Settings, store: Store, principal: Prin
         get_artifact=lambda artifact_id: get_artifact(session, principal, artifact_id),
         get_job=lambda job_id: get_job(session, principal, job_id),
     )
-

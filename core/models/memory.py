@@ -1,9 +1,9 @@
-"""What one rank holds for the whole of a training: weights, gradients, optimizer state. Pure arithmetic on the tables."""
+"""What one rank holds for the whole of a training: weights, gradients, optimizer state. Arithmetic on the tables."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Set
+from collections.abc import Set as AbstractSet
 from typing import Literal
 
 from core.models.mapping import Place, Rename
@@ -33,7 +33,7 @@ def stage_parameters(config: Config, stage: Stage) -> dict[str, int]:
 
 
 def training_memory(
-    config: Config, stage: Stage, *, frozen: Set[str], precision: Literal["bf16", "fp32"]
+    config: Config, stage: Stage, *, frozen: AbstractSet[str], precision: Literal["bf16", "fp32"]
 ) -> dict[str, int]:
     """Bytes for weights, gradients and AdamW's state of one rank.
 

@@ -40,9 +40,11 @@ def main(attempt_dir: Path) -> int:
         ctx.log.error("%s: %s%s", error.code, error.message, f" ({error.hint})" if error.hint else "")
         ctx.failed(error)
         return 1
-    except Exception as error:  # the edge of the process: tell the user what is known, with the traceback in the log
+    except Exception as error:  # noqa: BLE001  the edge of the process: tell the user what is known, with the traceback in the log
         ctx.log.error("unexpected error\n%s", traceback.format_exc())
-        ctx.failed(AppError(f"{type(error).__name__}: {error}", hint="the job's log has the traceback", code="runner_error"))
+        ctx.failed(
+            AppError(f"{type(error).__name__}: {error}", hint="the job's log has the traceback", code="runner_error")
+        )
         return 1
     return 0
 
@@ -75,7 +77,9 @@ def configure_logging(ctx: RunContext) -> None:
     """Log to stdout (the job's log; from ranks above 0 warnings only, marked) and to the rank's own file."""
     console = logging.StreamHandler(sys.stdout)
     console.setLevel(logging.INFO if ctx.is_main else logging.WARNING)
-    console.setFormatter(logging.Formatter("%(message)s" if ctx.is_main else f"[rank {ctx.rank}] %(levelname)s %(message)s"))
+    console.setFormatter(
+        logging.Formatter("%(message)s" if ctx.is_main else f"[rank {ctx.rank}] %(levelname)s %(message)s")
+    )
     logs = ctx.attempt_dir / "logs"
     logs.mkdir(exist_ok=True)
     file = logging.FileHandler(logs / f"rank_{ctx.rank}.log")

@@ -29,7 +29,7 @@ EXIT_STOPPED = 75
 """Exit code of a runner that stopped because it was told to (EX_TEMPFAIL of sysexits.h)."""
 
 
-class Stopped(Exception):  # noqa: N818  (not an error: the runner did what it was told)
+class Stopped(Exception):
     """The runner was asked to stop and has put its state in order."""
 
 
@@ -79,28 +79,28 @@ class RunContext:
 
     def started(self) -> None:
         """Tell that the work begins."""
-        self._emit(Started(time=time.time()))
+        self.emit(Started(time=time.time()))
 
     def progress(self, done: float, total: float | None, unit: str) -> None:
         """Tell how far the work is; the rate is taken over the time since the first call."""
         now = time.time()
         first_time, first_done = self._last_progress = self._last_progress or (now, done)
         rate = (done - first_done) / (now - first_time) if now - first_time > 0.05 else None
-        self._emit(Progress(time=now, done=done, total=total, unit=unit, rate=rate))
+        self.emit(Progress(time=now, done=done, total=total, unit=unit, rate=rate))
 
     def metric(self, step: int, **values: float) -> None:
         """Tell the values of metrics at `step`; a value that is not finite becomes null."""
         finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
-        self._emit(MetricPoint(time=time.time(), step=step, values=finite))
+        self.emit(MetricPoint(time=time.time(), step=step, values=finite))
 
     def warn(self, code: str, message: str) -> None:
         """Tell the user of something that does not stop the job."""
         self.log.warning("%s: %s", code, message)
-        self._emit(Warned(time=time.time(), code=code, message=message))
+        self.emit(Warned(time=time.time(), code=code, message=message))
 
     def failed(self, error: AppError) -> None:
         """Tell why the runner gives up."""
-        self._emit(Failed(time=time.time(), code=error.code, message=error.message, hint=error.hint))
+        self.emit(Failed(time=time.time(), code=error.code, message=error.message, hint=error.hint))
 
     def new_artifact(self, name: str, kind: str) -> ArtifactWriter:
         """Begin an output (rank 0 only); write below `.path`, then `.commit()`."""
@@ -110,7 +110,8 @@ class RunContext:
         """Digest of the spec, for lineage."""
         return hashlib.sha256(json.dumps(self.spec.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
-    def _emit(self, event: BaseModel) -> None:
+    def emit(self, event: BaseModel) -> None:
+        """Append one event to the attempt's `events.jsonl` (rank 0 only)."""
         if not self.is_main:
             return
         line = event.model_dump_json().encode() + b"\n"
@@ -155,8 +156,14 @@ class ArtifactWriter:
             ),
         )
         ctx.store.publish(manifest)
-        ctx.log.info("artifact %s (%s) is ready: %d files, %d bytes", self.name, self.id, len(manifest.files), manifest.size_bytes)
-        ctx._emit(
+        ctx.log.info(
+            "artifact %s (%s) is ready: %d files, %d bytes",
+            self.name,
+            self.id,
+            len(manifest.files),
+            manifest.size_bytes,
+        )
+        ctx.emit(
             ArtifactReady(
                 time=time.time(),
                 artifact_id=self.id,

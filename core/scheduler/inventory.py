@@ -48,7 +48,9 @@ def detect(settings: Settings) -> Inventory:
         return _limited(_cuda(), settings)
     if kind in ("npu", "cuda"):
         tool = {"npu": "npu-smi", "cuda": "nvidia-smi"}[kind]
-        return Inventory(kind, (), healthy=False, reason=f"{tool} was not found: install the driver (see `temper doctor`)")
+        return Inventory(
+            kind, (), healthy=False, reason=f"{tool} was not found: install the driver (see `temper doctor`)"
+        )
     count = settings.devices if settings.devices is not None else max(2, os.cpu_count() or 1)
     return Inventory("cpu", tuple(Device(index, "cpu") for index in range(count)))
 
@@ -79,7 +81,9 @@ def _npu() -> Inventory:
     text, problem = _output(["npu-smi", "info"])
     devices = parse_npu_smi(text)
     if problem or not devices:
-        return Inventory("npu", (), healthy=False, reason=problem or "npu-smi info lists no card: check driver and firmware")
+        return Inventory(
+            "npu", (), healthy=False, reason=problem or "npu-smi info lists no card: check driver and firmware"
+        )
     return Inventory("npu", devices)
 
 
@@ -97,7 +101,10 @@ def _output(command: list[str]) -> tuple[str, str | None]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return "", f"{command[0]}: {error}"
-    return done.stdout, f"{command[0]} exited with {done.returncode}: {done.stderr.strip()}" if done.returncode else None
+    return (
+        done.stdout,
+        f"{command[0]} exited with {done.returncode}: {done.stderr.strip()}" if done.returncode else None,
+    )
 
 
 def _limited(found: Inventory, settings: Settings) -> Inventory:

@@ -48,11 +48,14 @@ def choose(need: Need, free: Sequence[FreeNode]) -> tuple[Share, ...] | Refusal:
         fitting = sorted((node for node in free if node.host_slots > 0), key=lambda node: (-node.host_slots, node.name))
     else:
         fitting = sorted(
-            (node for node in free if len(node.devices) >= need.devices_per_node), key=lambda node: (len(node.devices), node.name)
+            (node for node in free if len(node.devices) >= need.devices_per_node),
+            key=lambda node: (len(node.devices), node.name),
         )
     if len(fitting) < need.num_nodes:
         return Refusal(_explain(need, free, len(fitting)))
-    return tuple(Share(node.name, tuple(sorted(node.devices)[: need.devices_per_node])) for node in fitting[: need.num_nodes])
+    return tuple(
+        Share(node.name, tuple(sorted(node.devices)[: need.devices_per_node])) for node in fitting[: need.num_nodes]
+    )
 
 
 def _explain(need: Need, free: Sequence[FreeNode], fitting: int) -> str:

@@ -28,4 +28,13 @@ def parse_stored_spec(kind: str, blob: dict[str, object]) -> JobSpec:
     return model.model_validate(known)  # type: ignore[return-value]  # SPECS holds the members of JobSpec
 
 
-__all__ = ["SPECS", "ConversionSpec", "DatasetSpec", "EvaluationSpec", "JobKind", "JobSpec", "TrainingSpec", "parse_stored_spec"]
+__all__ = [
+    "SPECS",
+    "ConversionSpec",
+    "DatasetSpec",
+    "EvaluationSpec",
+    "JobKind",
+    "JobSpec",
+    "TrainingSpec",
+    "parse_stored_spec",
+]

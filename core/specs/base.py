@@ -23,7 +23,9 @@ class ArtifactRef(Spec):
 
     artifact: ArtifactId | None = Field(None, description="Id of an existing artifact.")
     job: JobId | None = Field(None, description="Id of the job whose output is used; this job waits for it.")
-    output: str | None = Field(None, max_length=200, description="Name of that job's output; its main output if absent.")
+    output: str | None = Field(
+        None, max_length=200, description="Name of that job's output; its main output if absent."
+    )
     path: str | None = Field(None, max_length=4096, description="Absolute path of a folder under an allow-listed root.")
 
     @model_validator(mode="after")

@@ -16,7 +16,8 @@ class ConversionSpec(JobInputs):
     operation: Literal["hf_to_mm", "mm_to_hf", "reshard"] = Field(description="Direction of the conversion.")
     source: ArtifactRef = Field(description="The weights to convert.")
     hf_source: ArtifactRef | None = Field(
-        None, description="mm_to_hf: Hugging Face folder for config and tokenizer files, when the source does not carry them."
+        None,
+        description="mm_to_hf: Hugging Face folder for config and tokenizer files, when the source does not carry them.",
     )
     parallel: ParallelSpec | None = Field(None, description="Layout to write (hf_to_mm, reshard).")
     source_parallel: ParallelSpec | None = Field(

@@ -13,15 +13,23 @@ class DatasetSpec(JobInputs):
     """Annotations and images to normalised, tokenised, checked rows."""
 
     source: ArtifactRef = Field(description="Folder with annotations and media.")
-    annotations: str = Field(max_length=1024, description="JSON or JSONL file inside the source.", examples=["llava_instruct.json"])
+    annotations: str = Field(
+        max_length=1024, description="JSON or JSONL file inside the source.", examples=["llava_instruct.json"]
+    )
     media_root: str = Field(".", max_length=1024, description="Folder inside the source that image paths start from.")
     format: Literal["llava", "sharegpt", "messages", "auto"] = Field("auto", description="Form of the records.")
-    tokenizer: ArtifactRef = Field(description="A model folder with tokenizer and processor files (Hugging Face or mm).")
+    tokenizer: ArtifactRef = Field(
+        description="A model folder with tokenizer and processor files (Hugging Face or mm)."
+    )
     cutoff_len: int = Field(1024, ge=16, le=1 << 20, description="Rows with more tokens are refused, never cut.")
-    max_samples: int | None = Field(None, ge=1, description="Use at most this many records, from the start of the file.")
+    max_samples: int | None = Field(
+        None, ge=1, description="Use at most this many records, from the start of the file."
+    )
     image_max_pixels: int = Field(262144, ge=784, description="Larger images are scaled down to this many pixels.")
     image_min_pixels: int = Field(0, ge=0, description="Smaller images are scaled up to this many pixels.")
-    on_bad_sample: Literal["skip", "fail"] = Field("skip", description="A bad row is reported and skipped, or fails the job.")
+    on_bad_sample: Literal["skip", "fail"] = Field(
+        "skip", description="A bad row is reported and skipped, or fails the job."
+    )
     validation_fraction: float = Field(0.0, ge=0.0, lt=1.0, description="Share of rows held out.")
     seed: int = Field(42, ge=0, lt=1 << 32, description="Seed of the split.")
 

@@ -67,9 +67,7 @@ class Failed(_Event):
     hint: str | None = None
 
 
-RunnerEvent = Annotated[
-    Started | Progress | MetricPoint | Warned | ArtifactReady | Failed, Field(discriminator="type")
-]
+RunnerEvent = Annotated[Started | Progress | MetricPoint | Warned | ArtifactReady | Failed, Field(discriminator="type")]
 RUNNER_EVENT: TypeAdapter[RunnerEvent] = TypeAdapter(RunnerEvent)
 
 

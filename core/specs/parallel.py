@@ -12,7 +12,9 @@ LayerCount = Annotated[int, Field(ge=0, le=1024)]
 Chunk = Annotated[tuple[LayerCount, ...], Field(min_length=1, max_length=1024)]
 PipelineLayers = Annotated[
     tuple[Chunk, ...],
-    Field(min_length=1, max_length=64, description="Layers per stage: outer list = virtual chunk, inner = pipeline rank."),
+    Field(
+        min_length=1, max_length=64, description="Layers per stage: outer list = virtual chunk, inner = pipeline rank."
+    ),
 ]
 
 
@@ -25,9 +27,7 @@ class ParallelSpec(Spec):
 
     @model_validator(mode="after")
     def _rectangular(self) -> ParallelSpec:
-        shapes = {
-            name: [len(chunk) for chunk in getattr(self, name)] for name in ("llm_pp_layers", "vit_pp_layers")
-        }
+        shapes = {name: [len(chunk) for chunk in getattr(self, name)] for name in ("llm_pp_layers", "vit_pp_layers")}
         for name, lengths in shapes.items():
             if len(set(lengths)) != 1:
                 raise ValueError(f"every chunk of {name} must name the same number of pipeline ranks, got {lengths}")

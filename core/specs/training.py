@@ -17,7 +17,9 @@ class OptimizerSpec(Spec):
     lr_decay_style: Literal["cosine", "linear", "constant"] = Field("cosine", description="Decay after warm-up.")
     lr_warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of train_iters for linear warm-up.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of matrices; norms and biases have none.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decoupled weight decay of matrices; norms and biases have none."
+    )
     clip_grad: float = Field(1.0, ge=0, description="Limit of the global gradient norm; 0 = no clipping.")
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -76,7 +78,9 @@ class LoraSpec(Spec):
 class CheckpointSpec(Spec):
     """When to save and what to keep."""
 
-    save_interval: int | None = Field(None, ge=1, description="Iterations between checkpoints; only the final one if absent.")
+    save_interval: int | None = Field(
+        None, ge=1, description="Iterations between checkpoints; only the final one if absent."
+    )
     keep_last: int = Field(2, ge=1, le=1000, description="Checkpoints kept.")
     save_optim: bool = Field(True, description="Save optimizer state, without which a resume restarts AdamW's moments.")
 
@@ -90,7 +94,10 @@ class TrainingSpec(JobInputs):
     train_iters: int = Field(ge=1, le=10_000_000, description="Optimizer steps.")
     global_batch_size: int = Field(ge=1, le=1 << 20, description="Samples per optimizer step, over all ranks.")
     micro_batch_size: int = Field(
-        1, ge=1, le=4096, description="With seq_length, the token budget of one forward pass: micro_batch_size × seq_length."
+        1,
+        ge=1,
+        le=4096,
+        description="With seq_length, the token budget of one forward pass: micro_batch_size × seq_length.",
     )
     seq_length: int = Field(1024, ge=16, le=1 << 20, description="Longest sample, in tokens.")
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -98,7 +105,9 @@ class TrainingSpec(JobInputs):
     recompute: RecomputeSpecs = RecomputeSpecs()
     lora: LoraSpec | None = None
     checkpoint: CheckpointSpec = CheckpointSpec()
-    resume_from: ArtifactRef | None = Field(None, description="A training checkpoint to go on from, with its data position.")
+    resume_from: ArtifactRef | None = Field(
+        None, description="A training checkpoint to go on from, with its data position."
+    )
     log_interval: int = Field(1, ge=1, description="Iterations per log line and metric point.")
     seed: int = Field(42, ge=0, lt=1 << 32)
     precision: Literal["bf16", "fp32"] = Field("bf16", description="Compute precision; bf16 keeps fp32 master weights.")
@@ -107,5 +116,7 @@ class TrainingSpec(JobInputs):
     def _batch_divides(self) -> TrainingSpec:
         dp = self.parallel.dp_size
         if self.global_batch_size % dp:
-            raise ValueError(f"global_batch_size ({self.global_batch_size}) must be a multiple of the data-parallel size ({dp})")
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of the data-parallel size ({dp})"
+            )
         return self

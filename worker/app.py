@@ -1,0 +1,41 @@
+"""The Celery application of a worker: tasks, the periodic tick, this host's beacon."""
+
+from __future__ import annotations
+
+from celery import Celery
+from celery.signals import worker_ready
+
+from core.db.session import Database
+from core.jobs import queue
+from core.settings import Settings
+from worker import tasks
+from worker.node import Beacon
+
+
+def build_worker(settings: Settings) -> Celery:
+    """The application with its tasks bound to one database."""
+    app = queue.build_app(settings)
+    database = Database.from_settings(settings)
+
+    @app.task(name=queue.TICK)
+    def tick() -> None:
+        tasks.tick(database, settings)
+
+    @app.task(name=queue.LAUNCH)
+    def launch(lease_id: str) -> None:
+        tasks.launch(database, settings, lease_id)
+
+    app.conf.beat_schedule = {
+        "tick": {
+            "task": queue.TICK,
+            "schedule": settings.tick_s,
+            "options": {"queue": queue.CONTROL_QUEUE, "expires": max(2.0, settings.tick_s)},
+        }
+    }
+    app.conf.beat_scheduler = "celery.beat:Scheduler"  # in memory: the schedule is this one line
+
+    @worker_ready.connect(weak=False)
+    def start_beacon(**_: object) -> None:
+        Beacon(database, settings).start()
+
+    return app

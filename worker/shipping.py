@@ -1,0 +1,196 @@
+"""From the attempt's spool (files) to the database: events and logs, each byte exactly once.
+
+The offsets up to which the spool is stored live in the lease's row and change in the transaction that stores what lies
+before them. Every transaction begins with the renewal of the lease, guarded by its token: a supervisor that lost its lease
+cannot write.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import structlog
+from pydantic import ValidationError
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+
+from core.clock import utcnow
+from core.db.models import Artifact, Job, Lease, LogChunk
+from core.db.session import Database
+from core.jobs.lifecycle import JobState, append_events, transition
+from core.jobs.repository import MAIN_LOG
+from core.settings import Settings
+from core.specs.events import RUNNER_EVENT, ArtifactReady, Failed, MetricPoint, Progress, RunnerEvent, Started
+from core.storage.local import Store
+
+log = structlog.get_logger(__name__)
+
+_BATCH_BYTES = 1 << 20
+
+
+class Fenced(Exception):
+    """The lease is no longer ours: another attempt may run, nothing may be written."""
+
+
+@dataclass(frozen=True)
+class Grip:
+    """The lease that this supervisor holds."""
+
+    lease_id: str
+    token: str
+    ttl_s: float
+
+    @contextmanager
+    def write(self, database: Database) -> Iterator[tuple[Session, Lease]]:
+        """A transaction that renews the lease first; `Fenced` when it is lost."""
+        with database.write() as session:
+            renewed = session.execute(
+                update(Lease)
+                .where(Lease.id == self.lease_id, Lease.token == self.token, Lease.state == "held")
+                .values(expires_at=utcnow() + timedelta(seconds=self.ttl_s)),
+            )
+            if renewed.rowcount != 1:  # type: ignore[attr-defined]  # an UPDATE gives a CursorResult
+                raise Fenced(self.lease_id)
+            yield session, session.get_one(Lease, self.lease_id, populate_existing=True)
+
+
+class Shipper:
+    """Ships one host's spool of one attempt."""
+
+    def __init__(
+        self,
+        database: Database,
+        settings: Settings,
+        grip: Grip,
+        *,
+        job_id: str,
+        attempt_id: str,
+        number: int,
+        leader: bool,
+    ):
+        self._database, self._grip = database, grip
+        self._job_id, self._attempt_id, self._number, self._leader = job_id, attempt_id, number, leader
+        self._store = Store(settings.store_dir)
+        self._dir = self._store.attempt_dir(job_id, number)
+        self._seen_sizes: dict[Path, int] = {}
+        self.error: Failed | None = None
+
+    def ship(self, ranks: Sequence[int], *, drain: bool = False) -> None:
+        """Store what is new; with `drain`, everything that is there."""
+        streams = [(rank, self._dir / "logs" / f"rank_{rank}.log") for rank in ranks]
+        if self._leader:
+            streams.insert(0, (MAIN_LOG, self._dir / "run.log"))
+        events = self._dir / "events.jsonl"
+        sources = [path for _, path in streams] + ([events] if self._leader else [])
+        while any(_size(path) != self._seen_sizes.get(path, 0) for path in sources):
+            sizes = {path: _size(path) for path in sources}
+            full = False
+            with self._grip.write(self._database) as (session, lease):
+                shipped = dict(lease.shipped)
+                for rank, path in streams:
+                    full |= self._ship_log(session, shipped, rank, path)
+                if self._leader:
+                    full |= self._ship_events(session, shipped, events)
+                lease.shipped = shipped
+            if not full:
+                self._seen_sizes = sizes
+            if not drain:
+                break
+
+    def _ship_log(self, session: Session, shipped: dict[str, Any], rank: int, path: Path) -> bool:
+        offset = shipped.get(f"log:{rank}", 0)
+        piece = _read(path, offset)
+        if piece:
+            data = zlib.compress(piece)
+            session.add(LogChunk(attempt_id=self._attempt_id, rank=rank, offset=offset, size=len(piece), data=data))
+            shipped[f"log:{rank}"] = offset + len(piece)
+        return len(piece) == _BATCH_BYTES
+
+    def _ship_events(self, session: Session, shipped: dict[str, Any], path: Path) -> bool:
+        offset = shipped.get("events", 0)
+        piece = _read(path, offset)
+        whole = piece[: piece.rfind(b"\n") + 1]
+        if whole:
+            self._apply(session, [event for line in whole.splitlines() if (event := _parse(line)) is not None])
+            shipped["events"] = offset + len(whole)
+        return len(piece) == _BATCH_BYTES
+
+    def _apply(self, session: Session, events: list[RunnerEvent]) -> None:
+        job = session.get_one(Job, self._job_id, with_for_update=True)
+        last_progress = max((index for index, event in enumerate(events) if isinstance(event, Progress)), default=-1)
+        rows: list[tuple[str, int | None, dict[str, Any]]] = []
+        for index, event in enumerate(events):
+            data = event.model_dump(exclude={"type"})
+            match event:
+                case Started():
+                    if job.state == JobState.STARTING.value:
+                        transition(session, job, JobState.RUNNING, "the runner has started", attempt=self._number)
+                case Progress():
+                    if index != last_progress:
+                        continue  # of the progress that came at once only the last matters
+                    job.progress = {name: data[name] for name in ("done", "total", "unit", "rate")}
+                    rows.append(("progress", None, data))
+                case MetricPoint(step=step):
+                    job.latest_metrics = {"step": step, **event.values}
+                    rows.append(("metric", step, data))
+                case ArtifactReady():
+                    self._record(session, job, event)
+                    rows.append(
+                        ("artifact", None, {"artifact_id": event.artifact_id, "name": event.name, "kind": event.kind})
+                    )
+                case Failed():
+                    self.error = event
+                    rows.append(("error", None, data))
+                case _:
+                    rows.append((event.type, None, data))
+        session.flush()
+        if rows:
+            append_events(session, self._job_id, rows, attempt=self._number)
+
+    def _record(self, session: Session, job: Job, event: ArtifactReady) -> None:
+        session.add(
+            Artifact(
+                id=event.artifact_id,
+                kind=event.kind,
+                name=event.name,
+                owner=job.owner,
+                shared=False,
+                path=str(self._store.files_dir(event.artifact_id)),
+                size_bytes=event.size_bytes,
+                num_files=event.num_files,
+                meta=event.metadata,
+                parents=event.parents,
+                job_id=job.id,
+                created_at=utcnow(),
+            )
+        )
+
+
+def _read(path: Path, offset: int) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            return stream.read(_BATCH_BYTES)
+    except FileNotFoundError:
+        return b""
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _parse(line: bytes) -> RunnerEvent | None:
+    try:
+        return RUNNER_EVENT.validate_json(line)
+    except ValidationError as error:
+        log.warning("event.unreadable", line=line[:200].decode(errors="replace"), error=str(error))
+        return None

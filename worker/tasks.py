@@ -1,0 +1,46 @@
+"""The Celery tasks: seconds long, ids in, nothing out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import structlog
+
+from core.db.models import Lease
+from core.db.session import Database
+from core.jobs import dispatch
+from core.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_started: list[subprocess.Popen[bytes]] = []
+
+
+def tick(database: Database, settings: Settings) -> None:
+    """Run one round of the scheduler."""
+    dispatch.tick(database, settings)
+
+
+def launch(database: Database, settings: Settings, lease_id: str) -> None:
+    """Start the supervisor of a lease as a process of its own; a message that comes twice or late does nothing."""
+    _started[:] = [process for process in _started if process.poll() is None]
+    with database.read() as session:
+        lease = session.get(Lease, lease_id)
+    if lease is None or lease.state != "pending" or lease.node != settings.node_name:
+        log.info("launch.skipped", lease_id=lease_id, state=lease.state if lease else None)
+        return
+    logs = settings.home_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with (logs / f"supervisor-{settings.node_name}.log").open("ab") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker.supervisor", lease_id],
+            env={**os.environ, **settings.environment()},
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+    _started.append(process)
+    log.info("supervisor.started", lease_id=lease_id, pid=process.pid)
