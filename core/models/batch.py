@@ -1,0 +1,56 @@
+"""What one forward pass works on: samples packed end to end, without padding between them.
+
+Shapes: T tokens of all samples, P patches of all images, D = in_channels * temporal_patch * patch * patch.
+
+    tokens   |-- sample 0 --|---- sample 1 ----|- sample 2 -|   cu_seqlens = (0, len0, len0 + len1, T)
+    patches  |image|image| (samples without images add none)    grid_thw = one (t, h, w) per image, in that order
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Tensors of a micro-batch, and on the host every length that describes them: no layer asks the device for one.
+
+    Where a device wants static shapes, the tail is padding: one more segment of tokens without targets, and one more
+    image whose features no token takes (`rows` does not count them).
+    """
+
+    input_ids_T: Tensor
+    """int64"""
+    position_ids_3T: Tensor
+    """int64, M-RoPE positions (temporal, height, width), starting anew in each sample"""
+    targets_T: Tensor
+    """int64: the token that position t must predict (already shifted inside its sample), -100 where there is none"""
+    cu_seqlens: tuple[int, ...]
+    """(0, len0, len0 + len1, ..., T)"""
+    pixel_values_PD: Tensor
+    """float32 [P, D] in the patch order of transformers' processor; P may be 0"""
+    grid_thw: tuple[tuple[int, int, int], ...]
+    """patches of each image along time, height and width"""
+    rows: tuple[int, ...]
+    """dataset row of each sample, for messages"""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids_T.shape[0]
+
+    @property
+    def num_patches(self) -> int:
+        return self.pixel_values_PD.shape[0]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on `device`; pinned host memory is copied without waiting."""
+        return replace(
+            self,
+            input_ids_T=self.input_ids_T.to(device, non_blocking=True),
+            position_ids_3T=self.position_ids_3T.to(device, non_blocking=True),
+            targets_T=self.targets_T.to(device, non_blocking=True),
+            pixel_values_PD=self.pixel_values_PD.to(device, non_blocking=True),
+        )
