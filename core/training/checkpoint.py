@@ -1,0 +1,242 @@
+"""Checkpoints of a training: mm weights, and beside them what a resume needs to go on bit for bit.
+
+    FOLDER/
+      latest_checkpointed_iteration.txt      "50"; moved last, by rename
+      iter_0000050/
+        checkpoint.json                      Facts: iteration, data position, layout, the size of every file
+        mp_rank_00_000/                      one folder per pipeline rank, written by its first data-parallel rank
+          model_optim_rng.pt                 weights, as MindSpeed-MM reads them
+          temper_optim.pt                    AdamW state by parameter name, random state (absent without save_optim)
+      .iter_0000100.tmp/                     being written; whoever dies leaves only this
+
+A folder gets its final name once every rank has written and synced its files, so a folder of that name is complete; sizes are checked
+all the same before one is used. The folder must lie on a file system that all ranks share.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from core.errors import AppError, CorruptCheckpoint, DiskFull
+from core.parallel.mesh import Mesh
+
+FACTS = "checkpoint.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+WEIGHTS_FILE = "model_optim_rng.pt"
+STATE_FILE = "temper_optim.pt"
+SPARE_BYTES = 64 << 20
+"""Left free beyond what a checkpoint needs."""
+
+WriteWeights = Callable[[Path, Mapping[str, Tensor]], None]
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a training is."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a checkpoint is; `checkpoint.json`."""
+
+    position: Position
+    layout: dict[str, Any]
+    """The `ParallelSpec` of its rank folders."""
+    precision: str
+    seed: int
+    dataset: str
+    """Names the data set that the data position counts in."""
+    has_optimizer: bool
+    files: dict[str, int] = field(default_factory=dict)
+    """Relative path to size in bytes."""
+
+    @classmethod
+    def read(cls, path: Path) -> Facts:
+        """Read the facts of a checkpoint folder and check its files' sizes. Raises CorruptCheckpoint naming the file."""
+        try:
+            values = json.loads((path / FACTS).read_bytes())
+            facts = cls(**{**values, "position": Position(**values["position"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptCheckpoint(f"{path.name} has no readable {FACTS}: {error}") from error
+        for name, size in facts.files.items():
+            found = (path / name).stat().st_size if (path / name).is_file() else None
+            if found != size:
+                raise CorruptCheckpoint(f"{path.name}/{name} should have {size} bytes, has {found}")
+        return facts
+
+
+class Checkpoints:
+    """The checkpoints of one job, in one folder; `save` and `newest` are called by all ranks together."""
+
+    def __init__(self, folder: Path, mesh: Mesh, *, rank_folder: str, write_weights: WriteWeights, keep_last: int) -> None:
+        """`rank_folder` is this pipeline rank's `mp_rank_…`; `write_weights` writes a file of mm weights."""
+        self.folder = folder
+        self.mesh = mesh
+        self.rank_folder = rank_folder
+        self.write_weights = write_weights
+        self.keep_last = keep_last
+
+    def save(self, facts: Facts, weights: Mapping[str, Tensor], state: Mapping[str, Any] | None) -> None:
+        """Write a checkpoint. Raises the same error on all ranks when one fails, DiskFull when there is no room."""
+        final = self.folder / f"iter_{facts.position.iteration:07d}"
+        temporary = self.folder / f".{final.name}.tmp"
+        needed = _size_bytes(weights) + _size_bytes(state or {}) if self.mesh.dp_rank == 0 else 0
+        with self._together() as step:
+            total = sum(step.gather(needed))
+            if self.mesh.rank == 0:
+                self._make_room(temporary, total)
+        with self._together():
+            if self.mesh.dp_rank == 0:
+                self._write(temporary / self.rank_folder, weights, state)
+        with self._together():
+            if self.mesh.rank == 0:
+                self._complete(temporary, final, facts)
+
+    def newest(self) -> Path | None:
+        """Return the newest complete checkpoint; all ranks get rank 0's answer."""
+        with self._together() as step:
+            found = next((path for path in reversed(self.kept()) if _is_complete(path)), None) if self.mesh.rank == 0 else None
+            return step.gather(found)[0]
+
+    def kept(self) -> list[Path]:
+        """Return the folders with a final name, oldest first."""
+        return sorted(path for path in self.folder.glob("iter_*") if path.is_dir())
+
+    def load_weights(self, path: Path) -> Iterator[tuple[str, Tensor]]:
+        """Read this pipeline rank's weights, by memory map."""
+        file = torch.load(path / self.rank_folder / WEIGHTS_FILE, weights_only=True, mmap=True, map_location="cpu")
+        yield from file["model"].items()
+
+    def load_state(self, path: Path) -> dict[str, Any]:
+        """Read this pipeline rank's optimizer and random state."""
+        return torch.load(path / self.rank_folder / STATE_FILE, weights_only=True, mmap=True, map_location="cpu")  # type: ignore[no-any-return]
+
+    def _make_room(self, temporary: Path, needed_bytes: int) -> None:
+        for leftover in self.folder.glob(".iter_*.tmp"):
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed_bytes + SPARE_BYTES:
+            raise DiskFull(
+                f"a checkpoint needs {needed_bytes} bytes, {free} are free in {self.folder}",
+                hint="free space there, lower checkpoint.keep_last, or set checkpoint.save_optim to false",
+            )
+
+    def _write(self, folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any] | None) -> None:
+        folder.mkdir(exist_ok=True)
+        self.write_weights(folder / WEIGHTS_FILE, weights)
+        if state is not None:
+            torch.save(owned(state), folder / STATE_FILE)
+        for path in folder.iterdir():
+            fsync(path)
+        fsync(folder)
+
+    def _complete(self, temporary: Path, final: Path, facts: Facts) -> None:
+        """Give the checkpoint its name, point the tracker at it, and only then remove old ones."""
+        files = {str(path.relative_to(temporary)): path.stat().st_size for path in sorted(temporary.rglob("*.pt"))}
+        (temporary / FACTS).write_text(json.dumps({**asdict(facts), "files": files}, indent=1), encoding="utf-8")
+        fsync(temporary / FACTS)
+        fsync(temporary)
+        if final.exists():  # from an earlier attempt, and refused by `newest`
+            shutil.rmtree(final)
+        temporary.rename(final)
+        write_tracker(self.folder, facts.position.iteration)
+        for old in self.kept()[: -self.keep_last]:
+            shutil.rmtree(old)
+
+    def _together(self) -> Together:
+        return Together(self.mesh)
+
+
+class Together:
+    """A part of the work that all ranks do, or that all ranks fail with the error of the first rank that failed."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value."""
+        if self.mesh.world_group is None:
+            return [value]
+        values: list[Any] = [None] * self.mesh.world_size
+        dist.all_gather_object(values, value, group=self.mesh.world_group)
+        return values
+
+    def __enter__(self) -> Together:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return
+        told = None if error is None else _describe(self.mesh.rank, error)
+        first = next((item for item in self.gather(told) if item is not None), None)
+        if first is None or isinstance(error, AppError):
+            return
+        code, status, message, hint = told or first
+        failure = AppError(message, hint=hint, code=code)
+        failure.status = status
+        raise failure from error
+
+
+def _describe(rank: int, error: Exception) -> tuple[str, int, str, str | None]:
+    """Return code, status, message and hint, to tell other ranks."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull.code, DiskFull.status, f"rank {rank}: {error}", "free space, or lower checkpoint.keep_last"
+    if isinstance(error, AppError):
+        return error.code, error.status, f"rank {rank}: {error.message}", error.hint
+    return AppError.code, AppError.status, f"rank {rank}: {type(error).__name__}: {error}", None
+
+
+def write_tracker(folder: Path, iteration: int) -> None:
+    """Point `latest_checkpointed_iteration.txt` at an iteration, by rename."""
+    temporary = folder / f".{TRACKER}.tmp"
+    temporary.write_text(str(iteration), encoding="ascii")
+    fsync(temporary)
+    temporary.rename(folder / TRACKER)
+    fsync(folder)
+
+
+def owned(value: Any) -> Any:
+    """Copy tensors to host memory of their own: torch.save writes the whole storage that a view looks into."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True).contiguous()
+    if isinstance(value, Mapping):
+        return {key: owned(item) for key, item in value.items()}
+    return value
+
+
+def fsync(path: Path) -> None:
+    """Have a file or folder written to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _size_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(_size_bytes(item) for item in value.values()) if isinstance(value, Mapping) else 0
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        Facts.read(path)
+    except CorruptCheckpoint:
+        return False
+    return True

@@ -1,0 +1,246 @@
+"""The training loop.
+
+Each iteration trains one global batch, whatever the number of ranks: forward and backward of this rank's micro-batches, one sum of
+gradients over data-parallel ranks, one exchange of a few numbers over all ranks, one optimizer step. The exchange makes every rank take
+the same decisions in the same iteration: skip, stop, fail.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from core.data.loader import LoadedStep
+from core.device.base import Accelerator
+from core.errors import NonFiniteLoss
+from core.models.batch import PackedBatch
+from core.parallel.data import all_reduce_rows
+from core.parallel.mesh import Mesh
+from core.parallel.pipeline import Pipeline
+from core.specs.training import TrainingSpec
+from core.training.checkpoint import Checkpoints, Facts, Position
+from core.training.meters import Meters, log_line
+from core.training.optimizer import Optimizer, build_schedule
+from core.training.wiring import Head
+
+MAX_SKIPPED = 10
+"""Steps in a row without a finite loss and gradient, after which the job fails."""
+
+
+class Reporter(Protocol):
+    """What the loop needs of the runner's context."""
+
+    log: logging.Logger
+
+    def progress(self, done: float, total: float | None, unit: str) -> None:
+        """Tell how far it is."""
+
+    def metric(self, step: int, **values: float) -> None:
+        """Tell metrics."""
+
+    def warn(self, code: str, message: str) -> None:
+        """Tell the user of something that does not stop the job."""
+
+    def should_stop(self) -> bool:
+        """Whether this process was asked to end."""
+
+
+class Outcome(Enum):
+    """How the loop ended."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What all ranks know after a step."""
+
+    loss_sum: float
+    squared_norm: float
+    stop: bool
+    memory_peak_bytes: int
+    bad_losses: dict[int, int]
+    """Ranks with a loss that is not finite, and the first of their micro-batches that has one."""
+    bad_gradients: list[int]
+    """Ranks with a gradient that is not finite."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step may be taken."""
+        return not self.bad_losses and not self.bad_gradients
+
+
+@dataclass
+class Trainer:
+    """A training of one rank, ready to run."""
+
+    spec: TrainingSpec
+    mesh: Mesh
+    accelerator: Accelerator
+    model: nn.Module
+    pipeline: Pipeline[PackedBatch]
+    head: Head
+    optimizer: Optimizer
+    checkpoints: Checkpoints
+    facts: Facts
+    reporter: Reporter
+    saved_at: int | None = None
+    num_skipped_in_a_row: int = 0
+    meters: Meters = field(default_factory=lambda: Meters(time.perf_counter))
+
+    def train(self, steps: Iterable[LoadedStep]) -> Outcome:
+        """Train from `facts.position` to `train_iters`, or until asked to stop; the end is saved either way."""
+        spec, schedule = self.spec, build_schedule(self.spec.optimizer, self.spec.train_iters)
+        self.reporter.progress(self.facts.position.iteration, spec.train_iters, "iteration")
+        loaded = iter(steps)
+        while self.facts.position.iteration < spec.train_iters:
+            step = next(loaded)
+            learning_rate = schedule.at(self.facts.position.iteration)
+
+            self.optimizer.clear_gradients()
+            self.pipeline.run([batch for batch in step.micro_batches if batch.rows])
+            self.optimizer.reduce_gradients()
+            everyone = self._exchange(self.head.take())
+
+            loss, grad_norm = everyone.loss_sum / max(step.num_targets, 1), math.nan
+            if everyone.is_finite and step.num_targets > 0:
+                self.num_skipped_in_a_row = 0
+                grad_norm = self.optimizer.step(
+                    learning_rate=learning_rate, num_targets=step.num_targets, squared_norm=everyone.squared_norm
+                )
+            else:
+                self._skip(step, everyone)
+
+            self._advance(step)
+            iteration = self.facts.position.iteration
+            self.meters.add(loss=loss if everyone.is_finite else math.nan, num_tokens=step.num_tokens)
+            if iteration % spec.log_interval == 0 or iteration == spec.train_iters or everyone.stop:
+                self._log(learning_rate, grad_norm, everyone)
+            if self._is_save_due(iteration) or everyone.stop:
+                self.save()
+            if everyone.stop and iteration < spec.train_iters:
+                return Outcome.STOPPED
+        self.save()
+        return Outcome.FINISHED
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state, unless there is one."""
+        iteration = self.facts.position.iteration
+        if self.saved_at == iteration:
+            return
+        began = time.perf_counter()
+        state = None
+        if self.spec.checkpoint.save_optim:
+            rng = {"host": torch.get_rng_state(), "device": self.accelerator.rng_state()}
+            state = {"optimizer": self.optimizer.state_dict(), "rng": rng}
+        self.checkpoints.save(self.facts, self.model.state_dict(), state)
+        self.saved_at = iteration
+        seconds = time.perf_counter() - began
+        self.meters.paused(seconds)
+        self.reporter.log.info("saved checkpoint at iteration %d in %.1f s", iteration, seconds)
+
+    def _exchange(self, losses: list[float]) -> Exchanged:
+        """Let every rank know what each has seen in this step, in one all-reduce."""
+        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), -1)
+        row = [
+            math.fsum(losses) if bad < 0 else 0.0,
+            float(bad),
+            self.optimizer.squared_norm(),
+            float(self.reporter.should_stop()),
+            float(self.accelerator.memory_peak_bytes()),
+        ]
+        mesh = self.mesh
+        table = all_reduce_rows(
+            row, rank=mesh.rank, world_size=mesh.world_size, group=mesh.world_group, device=self.accelerator.device
+        )
+        losses_R, bad_R, norms_R, stops_R, memory_R = table.T.tolist()
+        return Exchanged(
+            loss_sum=math.fsum(losses_R),
+            squared_norm=math.fsum(norms_R) if all(map(math.isfinite, norms_R)) else math.nan,
+            stop=any(stops_R),
+            memory_peak_bytes=int(max(memory_R)),
+            bad_losses={rank: int(index) for rank, index in enumerate(bad_R) if index >= 0},
+            bad_gradients=[rank for rank, value in enumerate(norms_R) if not math.isfinite(value)],
+        )
+
+    def _skip(self, step: LoadedStep, everyone: Exchanged) -> None:
+        """Leave the weights as they are, say which rows and ranks were at fault, and fail once it happens too often."""
+        self.num_skipped_in_a_row += 1
+        iteration = self.facts.position.iteration + 1
+        if self.mesh.rank in everyone.bad_gradients:
+            names = self.optimizer.non_finite_parameters()
+            self.reporter.log.warning("iteration %d: gradient not finite in %s", iteration, ", ".join(names[:8]))
+        message = f"iteration {iteration} is skipped: {self._blame(step, everyone)}"
+        self.reporter.warn("skipped_step", message)
+        if self.num_skipped_in_a_row >= MAX_SKIPPED:
+            raise NonFiniteLoss(
+                f"{MAX_SKIPPED} steps in a row without a finite loss and gradient; the last: {message}",
+                hint="look at the rows named in the log, lower optimizer.lr, or go on from an earlier checkpoint",
+            )
+
+    def _blame(self, step: LoadedStep, everyone: Exchanged) -> str:
+        if step.num_targets == 0:
+            return "its samples have no target tokens"
+        if everyone.bad_losses:
+            return "the loss is not finite " + "; ".join(
+                f"on rank {rank} in rows {_listed(self._rows(step, rank, index))}"
+                for rank, index in everyone.bad_losses.items()
+            )
+        rows = sorted(set(step.plan.rows))
+        return f"the gradient is not finite on rank {_listed(everyone.bad_gradients)}, among rows {_listed(rows)}"
+
+    def _rows(self, step: LoadedStep, rank: int, index: int) -> list[int]:
+        """Return the rows of a rank's micro-batch, counted without empty ones."""
+        filled = [rows for rows in step.plan.micro_batches[rank % self.mesh.dp_size] if rows]
+        return list(filled[index])
+
+    def _advance(self, step: LoadedStep) -> None:
+        before = self.facts.position
+        after = Position(before.iteration + 1, before.consumed_samples + step.num_samples)
+        self.facts = replace(self.facts, position=after)
+
+    def _is_save_due(self, iteration: int) -> bool:
+        interval = self.spec.checkpoint.save_interval
+        return interval is not None and iteration % interval == 0
+
+    def _log(self, learning_rate: float, grad_norm: float, everyone: Exchanged) -> None:
+        reading, position, spec = self.meters.read(), self.facts.position, self.spec
+        self.reporter.log.info(
+            log_line(
+                iteration=position.iteration,
+                train_iters=spec.train_iters,
+                consumed_samples=position.consumed_samples,
+                step_time_ms=reading.step_time_ms,
+                learning_rate=learning_rate,
+                global_batch_size=spec.global_batch_size,
+                loss=reading.loss,
+                grad_norm=grad_norm,
+            )
+        )
+        self.reporter.metric(
+            position.iteration,
+            loss=reading.loss,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            step_time_ms=reading.step_time_ms,
+            tokens_per_second=reading.tokens_per_second,
+            tokens_per_second_per_device=reading.tokens_per_second / self.mesh.world_size,
+            consumed_samples=position.consumed_samples,
+            memory_peak_bytes=everyone.memory_peak_bytes,
+        )
+        self.reporter.progress(position.iteration, spec.train_iters, "iteration")
+
+
+def _listed(values: list[int], limit: int = 20) -> str:
+    """Return a comma-separated list, cut off with a count."""
+    shown = ", ".join(map(str, values[:limit]))
+    return shown if len(values) <= limit else f"{shown} and {len(values) - limit} more"

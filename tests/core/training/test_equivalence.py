@@ -1,0 +1,100 @@
+"""Loss, gradients, norm and updated weights of every layout equal those of one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from core.specs.training import FreezeSpec
+from tests.core.training.tiny import NOTHING_FROZEN, Case, Step, one_step
+from tests.distributed import run
+
+ALL = tuple(range(8))
+HALVES = ((0, 1, 2, 3), (4, 5, 6, 7))
+OUTPUT, EMBEDDING = "text_decoder.output_layer.weight", "text_decoder.embedding.word_embeddings.weight"
+
+LAYOUTS = {
+    "pp2": Case(llm=(2, 2), vit=(4, 0), micro_batches=(HALVES,)),
+    "pp2 uneven": Case(llm=(1, 3), vit=(4, 0), micro_batches=(((0, 1), (2, 3), (4, 5, 6), (7,)),)),
+    "pp2 vision | text": Case(llm=(0, 4), vit=(4, 0), micro_batches=(HALVES,)),
+    "pp3 vision over stages": Case(llm=(0, 1, 3), vit=(1, 3, 0), micro_batches=(((0,), (1,), (2, 3), (4, 5), (6, 7)),)),
+    "dp2": Case(micro_batches=((HALVES[0],), (HALVES[1],))),
+    "dp2 uneven, one empty": Case(micro_batches=((tuple(range(7)), ()), ((7,), ()))),
+    "pp2 dp2": Case(llm=(2, 2), vit=(4, 0), micro_batches=(((0, 1), (2, 3)), ((4, 5), (6, 7)))),
+    "pp2 text only": Case(llm=(0, 4), vit=(4, 0), micro_batches=(HALVES,), with_images=False),
+    "pp2 tied": Case(llm=(2, 2), vit=(4, 0), micro_batches=(HALVES,), tied=True),
+    "pp3 dp2 tied": Case(
+        llm=(0, 2, 2), vit=(4, 0, 0), micro_batches=(((0, 1), (2, 3)), ((4, 5), (6, 7))), tied=True
+    ),
+}
+FREEZES = {
+    "nothing": NOTHING_FROZEN,
+    "vision": FreezeSpec(vision_encoder=True, vision_projector=True, text_decoder=False),
+    "encoder": FreezeSpec(vision_encoder=True, vision_projector=False, text_decoder=False),
+    "text": FreezeSpec(vision_encoder=False, vision_projector=False, text_decoder=True),
+}
+
+
+def reference(case: Case) -> Step:
+    """One process, one micro-batch."""
+    rows = tuple(sorted(row for rank in case.micro_batches for part in rank for row in part))
+    return one_step(0, replace(case, llm=(4,), vit=(4,), micro_batches=((rows,),)))
+
+
+def assert_same(steps: list[Step], expected: Step, *, tied: bool) -> None:
+    for step in steps:
+        assert step.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert step.norm == pytest.approx(expected.norm, rel=1e-5)
+        for name, gradient in step.gradients.items():
+            assert_near(gradient, expected.gradients[as_one_process(name, tied)], 1e-7 * expected.norm, name)
+        for name, weight in step.weights.items():
+            assert_near(weight, expected.weights[as_one_process(name, tied)], 1e-7, name)
+    assert {as_one_process(name, tied) for step in steps for name in step.gradients} == set(expected.gradients)
+
+
+def as_one_process(name: str, tied: bool) -> str:
+    """In one process the output matrix of a tied model is the embedding."""
+    return EMBEDDING if tied and name == OUTPUT else name
+
+
+def assert_near(found: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
+    """1e-5 of the tensor's norm, and some tolerance for gradients that are zero but for rounding (a key's bias)."""
+    error = (found - wanted).norm().item()
+    assert error <= 1e-5 * wanted.norm().item() + tolerance, f"{name}: off by {error:.2e} of {wanted.norm().item():.2e}"
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("name", LAYOUTS)
+    def test_a_layout_equals_one_process(self, name: str) -> None:
+        case = LAYOUTS[name]
+        assert_same(run(one_step, case.world_size, case), reference(case), tied=case.tied)
+
+    @pytest.mark.parametrize("name", FREEZES)
+    def test_frozen_towers_equal_one_process_on_a_pipeline(self, name: str) -> None:
+        case = replace(LAYOUTS["pp2 vision | text"], frozen=FREEZES[name])
+        assert_same(run(one_step, 2, case), reference(case), tied=False)
+
+    def test_clipping_uses_the_norm_of_the_whole_model(self) -> None:
+        case = replace(LAYOUTS["pp2 tied"], clip_grad=0.05)
+        expected = reference(case)
+        assert expected.norm > 0.05
+        assert_same(run(one_step, 2, case), expected, tied=True)
+
+    def test_the_copies_of_a_tied_embedding_stay_equal_bit_for_bit(self) -> None:
+        case = LAYOUTS["pp3 dp2 tied"]
+        steps = run(one_step, case.world_size, case)
+        assert torch.equal(steps[2].weights[EMBEDDING], steps[4].weights[OUTPUT])
+
+
+class TestAccumulation:
+    def test_one_of_eight_equals_eight_of_one_equals_two_ranks_of_four(self) -> None:
+        whole = one_step(0, Case(micro_batches=((ALL,),)))
+        singles = one_step(0, Case(micro_batches=(tuple((row,) for row in ALL),)))
+        two_ranks = run(one_step, 2, Case(micro_batches=(tuple((row,) for row in HALVES[0]), tuple((row,) for row in HALVES[1]))))
+        for step in (singles, *two_ranks):
+            assert step.loss == pytest.approx(whole.loss, rel=1e-6)
+            for name, gradient in step.gradients.items():
+                torch.testing.assert_close(gradient, whole.gradients[name], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,216 @@
+"""A tiny Qwen2.5-VL, samples and one training step, for the tests of this folder. No files, no tokenizer."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from core.device.cpu import CpuAccelerator
+from core.models.batch import PackedBatch
+from core.models.layers.recompute import Recompute
+from core.models.plan import Stage, stages, whole
+from core.models.positions import mrope_positions
+from core.models.qwen2_5_vl.family import Config, TextConfig, VisionConfig
+from core.models.qwen2_5_vl.model import Qwen2_5_VLStage
+from core.parallel.mesh import Mesh, build_mesh
+from core.specs.parallel import ParallelSpec
+from core.specs.training import FreezeSpec, OptimizerSpec
+from core.training.freeze import freeze
+from core.training.optimizer import Optimizer
+from core.training.wiring import Head, build_pipeline
+
+VOCAB = 96
+IMAGE, VIDEO, START, END = 90, 91, 92, 93
+PATCH_DIM = 3 * 2 * 14 * 14
+SMOOTH = OptimizerSpec(lr=1e-2, adam_eps=1e-2)
+"""With so large an epsilon one step of AdamW does not turn the rounding of a zero gradient into a whole step."""
+NOTHING_FROZEN = FreezeSpec(vision_encoder=False, vision_projector=False, text_decoder=False)
+
+
+def tiny_config(*, tied: bool = False, vit_layers: int = 4, llm_layers: int = 4) -> Config:
+    return Config(
+        text=TextConfig(
+            num_hidden_layers=llm_layers,
+            hidden_size=32,
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=VOCAB,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            mrope_section=(2, 1, 1),
+            max_position_embeddings=1024,
+        ),
+        vision=VisionConfig(
+            depth=vit_layers,
+            hidden_size=16,
+            intermediate_size=24,
+            num_heads=2,
+            in_channels=3,
+            patch_size=14,
+            temporal_patch_size=2,
+            spatial_merge_size=2,
+            window_size=56,
+            fullatt_block_indexes=(vit_layers - 1,),
+            out_hidden_size=32,
+            tokens_per_second=2,
+            hidden_act="silu",
+        ),
+        tie_word_embeddings=tied,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        dtype="float32",
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row: tokens, which of them are learnt, and its images."""
+
+    row: int
+    input_ids: tuple[int, ...]
+    num_prompt: int
+    grids: tuple[tuple[int, int, int], ...]
+
+
+def samples(count: int, *, with_images: bool = True) -> list[Sample]:
+    """Rows of different lengths; two in three with an image, each of another size."""
+    generator = torch.Generator().manual_seed(11)
+    made = []
+    for row in range(count):
+        grids: tuple[tuple[int, int, int], ...] = ()
+        if with_images and row % 3 != 1:
+            grids = ((1, 4, 4 + 2 * (row % 2)),)
+        image = [START, *[IMAGE] * (grids[0][1] * grids[0][2] // 4), END] if grids else []
+        text = torch.randint(0, IMAGE, (5 + row % 4,), generator=generator).tolist()
+        ids = (*image, *text)
+        made.append(Sample(row, ids, len(image) + 2, grids))
+    return made
+
+
+def pack(rows: Sequence[Sample], config: Config) -> PackedBatch:
+    """Pack rows end to end; pixels depend on the row alone."""
+    targets, pixels = [], [torch.empty(0, PATCH_DIM)]
+    for sample in rows:
+        learnt = [
+            token if position >= sample.num_prompt else -100 for position, token in enumerate(sample.input_ids)
+        ]
+        targets += [*learnt[1:], -100]
+        for t, h, w in sample.grids:
+            pixels.append(torch.randn(t * h * w, PATCH_DIM, generator=torch.Generator().manual_seed(sample.row)))
+    positions = [mrope_positions(list(sample.input_ids), sample.grids, config) for sample in rows]
+    return PackedBatch(
+        input_ids_T=torch.tensor([token for sample in rows for token in sample.input_ids], dtype=torch.int64),
+        position_ids_3T=torch.cat([torch.empty(3, 0, dtype=torch.int64), *positions], dim=1),
+        targets_T=torch.tensor(targets, dtype=torch.int64),
+        cu_seqlens=tuple(itertools.accumulate((len(sample.input_ids) for sample in rows), initial=0)),
+        pixel_values_PD=torch.cat(pixels),
+        grid_thw=tuple(grid for sample in rows for grid in sample.grids),
+        rows=tuple(sample.row for sample in rows),
+    )
+
+
+def whole_model(config: Config, *, seed: int = 0, recompute: Recompute | None = None) -> Qwen2_5_VLStage:
+    """The model in one piece with seeded weights; the output matrix is the embedding where they are tied."""
+    torch.manual_seed(seed)
+    return Qwen2_5_VLStage(config, whole(config), accelerator=CpuAccelerator(), recompute=recompute)
+
+
+def global_name(name: str, stage: Stage) -> str:
+    """Turn a stage's local parameter name into that of the whole model."""
+    first = stage.vit_layers.start if name.startswith("image_encoder.") else stage.llm_layers.start
+    return re.sub(r"layers\.(\d+)\.", lambda found: f"layers.{int(found[1]) + first}.", name)
+
+
+def stage_model(config: Config, stage: Stage, *, recompute: Recompute | None = None) -> Qwen2_5_VLStage:
+    """One stage with the weights that the whole model has there."""
+    weights = dict(whole_model(config).state_dict())
+    weights.setdefault("text_decoder.output_layer.weight", weights["text_decoder.embedding.word_embeddings.weight"])
+    model = Qwen2_5_VLStage(config, stage, accelerator=CpuAccelerator(), recompute=recompute)
+    model.load_state_dict({name: weights[global_name(name, stage)] for name in model.state_dict()})
+    return model
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and the work of one step: `micro_batches[dp rank]` are lists of rows."""
+
+    llm: tuple[int, ...] = (4,)
+    vit: tuple[int, ...] = (4,)
+    micro_batches: tuple[tuple[tuple[int, ...], ...], ...] = (((0, 1, 2, 3, 4, 5, 6, 7),),)
+    tied: bool = False
+    frozen: FreezeSpec = NOTHING_FROZEN
+    with_images: bool = True
+    clip_grad: float = 0.0
+
+    @property
+    def world_size(self) -> int:
+        return len(self.llm) * len(self.micro_batches)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank saw; gradients by the whole model's names, divided by the number of targets."""
+
+    loss: float
+    norm: float
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+class Rank:
+    """One rank of a case, ready to step."""
+
+    def __init__(self, case: Case, optimizer: OptimizerSpec | None = None) -> None:
+        self.case, self.config = case, tiny_config(tied=case.tied)
+        self.stages = stages(self.config, ParallelSpec(llm_pp_layers=(case.llm,), vit_pp_layers=(case.vit,)))
+        tied = [stage.index for stage in self.stages if stage.has_embedding or stage.has_output] if case.tied else []
+        self.mesh: Mesh = build_mesh(pp_size=len(case.llm), dp_size=len(case.micro_batches), tied_stages=tied)
+        self.stage = self.stages[self.mesh.pp_rank]
+        self.model: nn.Module = stage_model(self.config, self.stage)
+        freeze(self.model, case.frozen)
+        self.optimizer = Optimizer(self.model, optimizer or SMOOTH.model_copy(update={"clip_grad": case.clip_grad}), self.mesh)
+        accelerator = CpuAccelerator()
+        self.head = Head(self.model, accelerator.device)
+        self.pipeline = build_pipeline(
+            self.model, self.head, self.mesh, self.config, self.stages, case.frozen, accelerator
+        )
+
+    def step(self) -> Step:
+        from core.parallel.data import all_reduce_rows
+
+        case, mesh = self.case, self.mesh
+        rows = samples(64, with_images=case.with_images)
+        batches = [pack([rows[i] for i in part], self.config) for part in case.micro_batches[mesh.dp_rank]]
+        num_targets = sum(
+            len(rows[i].input_ids) - rows[i].num_prompt for rank in case.micro_batches for part in rank for i in part
+        )
+        self.optimizer.clear_gradients()
+        self.pipeline.run([batch for batch in batches if batch.rows])
+        self.optimizer.reduce_gradients()
+        gradients = {
+            global_name(slot.name, self.stage): slot.view(buffer.gradients).clone() / num_targets
+            for buffer in self.optimizer.buffers
+            for slot in buffer.slots
+        }
+        row = [sum(self.head.take()), self.optimizer.squared_norm()]
+        device = torch.device("cpu")
+        table = all_reduce_rows(
+            row, rank=mesh.rank, world_size=mesh.world_size, group=mesh.world_group, device=device
+        )
+        loss_sum, squared_norm = table.sum(0).tolist()
+        norm = self.optimizer.step(learning_rate=1e-2, num_targets=num_targets, squared_norm=squared_norm)
+        weights = {global_name(name, self.stage): tensor.clone() for name, tensor in self.model.state_dict().items()}
+        return Step(loss_sum / num_targets, norm, gradients, weights)
+
+
+def one_step(rank: int, case: Case) -> Step:
+    """Run one step of a case as rank `rank`."""
+    return Rank(case).step()
