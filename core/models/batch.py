@@ -43,7 +43,8 @@ class PackedBatch:
 
     @property
     def num_patches(self) -> int:
-        return self.pixel_values_PD.shape[0]
+        """P as the grids tell it: a stage that embeds no patches gets a batch without pixels, but with its grids."""
+        return sum(t * h * w for t, h, w in self.grid_thw)
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`; pinned host memory is copied without waiting."""

@@ -52,7 +52,7 @@ def run_layers(layers: Sequence[Layer], x: Tensor, policy: RecomputePolicy) -> T
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """`function(*inputs)`, its inner activations recomputed in the backward pass. Our layers draw no random numbers."""
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _chain(layers: Sequence[Layer], x: Tensor) -> Tensor:

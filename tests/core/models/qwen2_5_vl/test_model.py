@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -105,7 +106,7 @@ class TestEqualsTransformers:
         model = whole_model(config, hf_model(tiny_config()))
         padding = Sample([2] * 6, torch.zeros(4 * 6, PACKED[0].pixel_values_PD.shape[1]), ())
         batch = pack([*PACKED, padding], config)
-        padded = type(batch)(**{**vars(batch), "grid_thw": (*batch.grid_thw, (1, 4, 6))})
+        padded = dataclasses.replace(batch, grid_thw=(*batch.grid_thw, (1, 4, 6)))
         plain = pack(PACKED, config)
         with torch.no_grad():
             torch.testing.assert_close(model(padded)[:-6], model(plain), rtol=1e-5, atol=1e-6)
@@ -173,6 +174,29 @@ class TestStages:
         for name, parameter in model.image_encoder.named_parameters():
             assert parameter.grad is not None, name
             assert not parameter.grad.any(), name
+
+    def test_empty_batch_gives_zero_gradients(self) -> None:
+        """A data-parallel rank may have fewer micro-batches to fill than the others."""
+        config = Config.from_hf(tiny_config())
+        models = chain(config, "shared stage", hf_model(tiny_config()))
+        nothing = pack([Sample([], torch.zeros(0, PACKED[0].pixel_values_PD.shape[1]), ())], config)
+        empty = dataclasses.replace(nothing, cu_seqlens=(0,), rows=(), input_ids_T=nothing.input_ids_T.long())
+        run_chain(models, empty).sum().backward()
+        for model in models:
+            assert not any(gradient.any() for gradient in gradients(model).values())
+
+    def test_later_stages_need_no_pixels(self) -> None:
+        config = Config.from_hf(tiny_config())
+        reference = hf_model(tiny_config())
+        batch = pack(PACKED, config)
+        bare = dataclasses.replace(batch, pixel_values_PD=batch.pixel_values_PD[:0])
+        first, *later = chain(config, "encoder split", reference)
+        with torch.no_grad():
+            x = first(batch)
+            for model in later:
+                x = model(bare, x)
+            logits = later[-1].logits(x)
+        torch.testing.assert_close(logits, hf_logits(reference, PACKED), rtol=1e-4, atol=1e-5)
 
 
 POLICIES = {
