@@ -49,6 +49,7 @@ class Qwen2_5_VLStage(nn.Module):
         super().__init__()
         self.config = config
         self.stage = stage
+        self.accelerator = accelerator
         policies = recompute or Recompute()
         self.image_encoder: ImageEncoder | None = None
         self.text_decoder: TextDecoder | None = None
