@@ -1,0 +1,314 @@
+"""hf_to_mm, mm_to_hf and reshard: plan everything, check the plan, then stream tensor by tensor into the files.
+
+A target folder is empty or absent before; after a failure its contents mean nothing (the caller writes under a temporary
+name). No tensor is ever held whole: a chunk of rows goes from the source's memory map to the target file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from core.conversion.apply import Bytes, WeightSource, chunks, layout_dtype, whole_tensor
+from core.conversion.files import FILE_MODE, OutTensor, make_folder
+from core.conversion.hf import HFWeights, write_index, write_safetensors
+from core.conversion.mm import MMWeights, rank_tree, write_tracker
+from core.conversion.pt import write_pt
+from core.conversion.verify import check_complete, check_consumed
+from core.errors import Conflict, CorruptCheckpoint, InvalidModel, UnknownWeights
+from core.models.hf_folder import INDEX_FILE, SINGLE_FILE, HFFolder, listed, read_header, read_index
+from core.models.layout import TensorLayout, hf_shapes, rank_layouts, tied_names
+from core.models.mapping import old_name
+from core.models.mm_folder import RANK_FILE, MMFolder, rank_dir
+from core.models.plan import Split
+from core.models.qwen2_5_vl.family import Config
+
+WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"})
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+class Watch(Protocol):
+    """Hears how a conversion goes on. Any call may raise, which ends it."""
+
+    def begin(self, total_bytes: int) -> None:
+        """Everything is checked; so many bytes of weights will be written."""
+
+    def advance(self, num_bytes: int) -> None:
+        """So many more bytes are written."""
+
+    def wrote(self, file: str, size_bytes: int) -> None:
+        """A file is complete."""
+
+    def warn(self, code: str, message: str) -> None:
+        """Something that the user should know."""
+
+
+class Quiet:
+    """A watch that does nothing."""
+
+    def begin(self, total_bytes: int) -> None:
+        """Nothing."""
+
+    def advance(self, num_bytes: int) -> None:
+        """Nothing."""
+
+    def wrote(self, file: str, size_bytes: int) -> None:
+        """Nothing."""
+
+    def warn(self, code: str, message: str) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a conversion wrote."""
+
+    num_tensors: int
+    total_bytes: int
+    dtypes: list[str]
+    digests: dict[str, str] = field(repr=False)
+    """Path below the target -> SHA-256, of the weight files."""
+
+
+def hf_to_mm(
+    source: HFFolder,
+    target: Path,
+    parallel: Split,
+    *,
+    canonical: bool = False,
+    dtype: str | None = None,
+    allow_roots: tuple[Path, ...] = (),
+    watch: Watch | None = None,
+) -> Written:
+    """Write `release/mp_rank_*/model_optim_rng.pt` and `hf/` (all files of the source that are no weights)."""
+    weights = HFWeights(source)
+    different = weights.differing_copies(tied_names(source.config))
+    if different:
+        raise InvalidModel(f"{listed(different)} differs from the embedding, but config.json ties them")
+    _require_empty(target)
+    written = _write_mm(weights, source.config, target, parallel, canonical, dtype, watch or Quiet())
+    copy_model_files(source.path, target / "hf", dtype=dtype, allow_roots=allow_roots)
+    if not (target / "hf" / INDEX_FILE).exists():  # the index is also what remembers the source's key names
+        write_index(target / "hf", source.weight_map, source.total_bytes)
+    return written
+
+
+def reshard(
+    source: MMFolder,
+    config: Config,
+    source_parallel: Split,
+    target: Path,
+    parallel: Split,
+    *,
+    canonical: bool = False,
+    dtype: str | None = None,
+    watch: Watch | None = None,
+) -> Written:
+    """Write the weights of a checkpoint in another split, as a release; optimizer state stays behind."""
+    watch = watch or Quiet()
+    weights = _open_mm(source, config, source_parallel, watch)
+    _require_empty(target)
+    written = _write_mm(weights, config, target, parallel, canonical, dtype, watch)
+    if source.hf_dir is not None:
+        copy_model_files(source.hf_dir, target / "hf", dtype=dtype)
+    return written
+
+
+def mm_to_hf(
+    source: MMFolder,
+    config: Config,
+    source_parallel: Split,
+    target: Path,
+    *,
+    hf_files: Path,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    allow_roots: tuple[Path, ...] = (),
+    watch: Watch | None = None,
+) -> Written:
+    """Write a HF folder with config, tokenizer and key names of `hf_files`.
+
+    Tensors go to the files that its index names; without an index, or with `max_shard_bytes`, to files of at most that size.
+    """
+    watch = watch or Quiet()
+    weights = _open_mm(source, config, source_parallel, watch)
+    shapes = hf_shapes(config)
+    check_consumed(shapes, weights.blocks())
+    keys = _keys(hf_files, config)
+    tensors = {
+        key: _out(whole_tensor(name, shapes[name]), weights, dtype, watch, key)
+        for key, name in _stored_as(keys, config)
+    }
+    files = _assign(tensors, None if max_shard_bytes else keys, max_shard_bytes or DEFAULT_SHARD_BYTES)
+    _require_empty(target)
+    total = sum(tensor.size_bytes for tensor in tensors.values())
+    watch.begin(total)
+    make_folder(target)
+    digests = {}
+    for file, names in files.items():
+        digests[file] = write_safetensors(target / file, {key: tensors[key] for key in names})
+        watch.wrote(file, (target / file).stat().st_size)
+    if list(files) != [SINGLE_FILE]:
+        write_index(target, {key: file for file, names in files.items() for key in names}, total)
+    copy_model_files(hf_files, target, dtype=dtype, allow_roots=allow_roots)
+    return Written(len(tensors), total, sorted({tensor.dtype for tensor in tensors.values()}), digests)
+
+
+def copy_model_files(
+    source: Path, target: Path, *, dtype: str | None = None, allow_roots: tuple[Path, ...] = ()
+) -> None:
+    """Copy every file that holds no weights, byte for byte; with `dtype`, config.json is changed to say so.
+
+    An index goes along only into a folder without weights of its own. Links that lead out of the source and of
+    `allow_roots` are refused.
+    """
+    make_folder(target)
+    has_weights = any(target.glob("*.safetensors"))
+    for file in sorted(source.rglob("*")):
+        relative = file.relative_to(source)
+        if file.is_dir() or file.suffix in WEIGHT_SUFFIXES or any(part.startswith(".") for part in relative.parts):
+            continue
+        if relative.name.endswith(".index.json") and (has_weights or relative.as_posix() != INDEX_FILE):
+            continue
+        _check_inside(file, (source, *allow_roots))
+        make_folder((target / relative).parent)
+        shutil.copyfile(file, target / relative)
+        (target / relative).chmod(FILE_MODE)
+    if dtype is not None:
+        _set_dtype(target / "config.json", dtype)
+
+
+def _check_inside(file: Path, roots: tuple[Path, ...]) -> None:
+    resolved = file.resolve()
+    if not any(resolved.is_relative_to(root.resolve()) for root in roots):
+        raise InvalidModel(f"{file} is a link that leads out of its folder")
+
+
+def _set_dtype(config_file: Path, dtype: str) -> None:
+    config: dict[str, Any] = json.loads(config_file.read_bytes())
+    parts = [config, *(config[name] for name in ("text_config", "vision_config") if isinstance(config.get(name), dict))]
+    for part in parts:
+        for name in ("dtype", "torch_dtype"):
+            if name in part:
+                part[name] = dtype
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["torch_dtype"] = dtype
+    config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _open_mm(source: MMFolder, config: Config, parallel: Split, watch: Watch) -> MMWeights:
+    weights = MMWeights(source, config, parallel)
+    tied, others = weights.differing_replicas()
+    if tied:
+        raise CorruptCheckpoint(f"{listed(tied)} differs from the embedding, but config.json ties them")
+    if others:
+        watch.warn("replicas_differ", f"not equal on all tensor-parallel ranks, rank 0 is taken: {listed(others)}")
+    return weights
+
+
+def _write_mm(
+    weights: WeightSource,
+    config: Config,
+    target: Path,
+    parallel: Split,
+    canonical: bool,
+    dtype: str | None,
+    watch: Watch,
+) -> Written:
+    ranks = list(rank_layouts(config, parallel, canonical=canonical))
+    for rank in ranks:
+        for layouts in rank.chunks:
+            check_complete(layouts)
+    all_layouts = [layout for rank in ranks for chunk in rank.chunks for layout in chunk.values()]
+    check_consumed(hf_shapes(config), (block for layout in all_layouts for block in layout.blocks))
+    trees = [tuple(_out_tensors(chunk, weights, dtype, watch) for chunk in rank.chunks) for rank in ranks]
+    tensors = [tensor for tree in trees for chunk in tree for tensor in chunk.values()]
+    watch.begin(sum(tensor.size_bytes for tensor in tensors))
+    digests = {}
+    pp_size = len(parallel.llm_pp_layers[0])
+    for rank, tree in zip(ranks, trees, strict=True):
+        file = f"{rank_dir('release', rank.tp_rank, rank.pp_rank, pp_size)}/{RANK_FILE}"
+        make_folder((target / file).parent)
+        digests[file] = write_pt(target / file, rank_tree(tree))
+        watch.wrote(file, (target / file).stat().st_size)
+    write_tracker(target)
+    return Written(
+        num_tensors=len(tensors),
+        total_bytes=sum(tensor.size_bytes for tensor in tensors),
+        dtypes=sorted({tensor.dtype for tensor in tensors}),
+        digests=digests,
+    )
+
+
+def _out_tensors(
+    layouts: Mapping[str, TensorLayout], weights: WeightSource, dtype: str | None, watch: Watch
+) -> dict[str, OutTensor]:
+    return {name: _out(layout, weights, dtype, watch, name) for name, layout in layouts.items()}
+
+
+def _out(layout: TensorLayout, weights: WeightSource, dtype: str | None, watch: Watch, name: str) -> OutTensor:
+    stored = layout_dtype(layout, weights)
+    if stored is None:
+        parts = ", ".join(f"{source} {weights.dtype(source)}" for source in {block.source for block in layout.blocks})
+        raise InvalidModel(f"{name} would be made of weights of different types: {parts}", hint="give dtype")
+
+    def stream() -> Iterator[Bytes]:
+        for chunk in chunks(layout, weights, dtype=dtype):
+            yield chunk
+            watch.advance(chunk.nbytes)
+
+    return OutTensor(dtype or stored, layout.shape, stream)
+
+
+def _keys(hf_files: Path, config: Config) -> dict[str, str] | None:
+    """Key -> file name as the HF folder has them: from its index, else from its weights; None when it has neither."""
+    keys = read_index(hf_files)
+    if keys is None:
+        keys = {entry.key: file.name for file in sorted(hf_files.glob("*.safetensors")) for entry in read_header(file)}
+    if not keys:
+        return None
+    names, wanted, tied = {old_name(key) for key in keys}, set(hf_shapes(config)), set(tied_names(config))
+    if not wanted <= names <= wanted | tied:
+        raise UnknownWeights(
+            f"the keys of {hf_files} are not those of the model: {listed(sorted((wanted - names) | (names - wanted - tied)))}"
+        )
+    return keys
+
+
+def _stored_as(keys: Mapping[str, str] | None, config: Config) -> Iterator[tuple[str, str]]:
+    """(key to write, name of the tensor) for everything that the folder stores."""
+    tied = tied_names(config)
+    for key in keys if keys is not None else hf_shapes(config):
+        name = old_name(key)
+        yield key, tied.get(name, name)
+
+
+def _assign(
+    tensors: Mapping[str, OutTensor], keys: Mapping[str, str] | None, max_shard_bytes: int
+) -> dict[str, list[str]]:
+    """File name -> keys, files in order."""
+    files: dict[str, list[str]] = {}
+    if keys is not None:
+        for key, file in keys.items():
+            files.setdefault(file, []).append(key)
+        return dict(sorted(files.items()))
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key, tensor in tensors.items():
+        if shards[-1] and filled + tensor.size_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += tensor.size_bytes
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": keys for number, keys in enumerate(shards, start=1)}
+
+
+def _require_empty(target: Path) -> None:
+    if target.exists() and any(target.iterdir()):
+        raise Conflict(f"{target} is not empty; stale rank files would be taken for part of the checkpoint")

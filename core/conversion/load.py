@@ -1,0 +1,45 @@
+"""Loads the weights of one pipeline stage, unsplit (tp 1), from an mm checkpoint of any split or from a HF folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from core.conversion.apply import WeightSource, layout_dtype, to_tensor
+from core.conversion.hf import HFWeights
+from core.conversion.mm import MMWeights
+from core.errors import InvalidModel
+from core.models.hf_folder import inspect_hf_folder
+from core.models.layout import stage_layout
+from core.models.mm_folder import inspect_mm_folder
+from core.models.plan import Split, Stage
+from core.models.qwen2_5_vl.family import Config
+
+
+def load_stage(
+    mm_dir: Path, source_parallel: Split, config: Config, stage: Stage, *, iteration: int | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name in the rank file of `stage`, tensor) in the stored type; the parts of split tensors are put together.
+
+    `iteration` picks another than the tracker names. A tied output layer comes only where the embedding is on another
+    stage. Raises CorruptCheckpoint, UnknownWeights, and IncompatiblePlan for a wrong `source_parallel`.
+    """
+    folder = inspect_mm_folder(mm_dir, source_parallel, iteration=iteration)
+    return _stage_tensors(MMWeights(folder, config, source_parallel), config, stage)
+
+
+def load_stage_from_hf(hf_dir: Path, config: Config, stage: Stage) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same from a HF folder. Raises InvalidModel, also when `config` is not the folder's."""
+    folder = inspect_hf_folder(hf_dir)
+    if folder.config != config:
+        raise InvalidModel(f"{hf_dir / 'config.json'} is not the config that the stage was built with")
+    return _stage_tensors(HFWeights(folder), config, stage)
+
+
+def _stage_tensors(weights: WeightSource, config: Config, stage: Stage) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, layout in stage_layout(config, stage).items():
+        if layout_dtype(layout, weights) is None:
+            raise InvalidModel(f"the parts of {name} have different types")
+        yield name, to_tensor(layout, weights)

@@ -1,0 +1,212 @@
+"""mm checkpoints: rank files written and read. The folder's layout is `core.models.mm_folder`'s, which needs no torch."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.conversion.apply import ITEM_SIZE, Bytes
+from core.conversion.files import HashingWriter, OutTensor, make_folder
+from core.conversion.pt import PtTensor, from_torch, read_pt, write_pt
+from core.errors import CorruptCheckpoint, IncompatiblePlan, UnknownWeights
+from core.models.hf_folder import listed
+from core.models.layout import Block, RankLayout, TensorLayout, rank_layouts, tied_names
+from core.models.mapping import Rename
+from core.models.mm_folder import RANK_FILE, TRACKER, MMFolder, rank_dir
+from core.models.plan import Split
+from core.models.qwen2_5_vl.family import Config
+from core.models.registry import get_family
+
+__all__ = ["MMWeights", "rank_dir", "rank_tree", "write_rank_file", "write_tracker"]
+
+CHECKPOINT_VERSION = 3.0
+"""From this version on Megatron does not re-order qkv while loading."""
+
+
+def rank_tree(chunks: tuple[Mapping[str, OutTensor], ...], **more: float) -> dict[str, Any]:
+    """What a rank file holds: `model`, or `model0 … model{V-1}` with virtual chunks."""
+    keys = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    models = {key: dict(chunk) for key, chunk in zip(keys, chunks, strict=True)}
+    return {"checkpoint_version": CHECKPOINT_VERSION, **more, **models}
+
+
+def write_rank_file(path: Path, state_dict: Mapping[str, torch.Tensor], *, iteration: int | None = None) -> str:
+    """Write the weights of one rank without virtual chunks; `path` is the file. Returns its SHA-256."""
+    make_folder(path.parent)
+    more = {} if iteration is None else {"iteration": iteration}
+    return write_pt(path, rank_tree(({name: from_torch(tensor) for name, tensor in state_dict.items()},), **more))
+
+
+def write_tracker(mm_dir: Path, iteration: int | None = None) -> None:
+    """Write `latest_checkpointed_iteration.txt`, without a line end as upstream does."""
+    with HashingWriter.open(mm_dir / TRACKER) as out:
+        out.write(b"release" if iteration is None else str(iteration).encode())
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A rectangle in HF coordinates and the tensor of a rank file that holds it, all of its columns."""
+
+    block: Block
+    tensor: PtTensor
+    where: str
+
+
+class MMWeights:
+    """The weights of a checkpoint folder as a `WeightSource`, whatever its split.
+
+    Opening it checks every rank file's names and shapes against the layout. Raises CorruptCheckpoint, UnknownWeights, and
+    IncompatiblePlan when `parallel` is not how the checkpoint was split.
+    """
+
+    def __init__(self, folder: MMFolder, config: Config, parallel: Split) -> None:
+        self._pieces: dict[str, list[_Piece]] = defaultdict(list)
+        self._replicas: list[tuple[_Piece, _Piece]] = []
+        self._tied_to = set(tied_names(config).values())
+        files = {(pp_rank, tp_rank): file for pp_rank, tp_rank, file in folder.rank_files()}
+        trees = {rank: read_pt(file) for rank, file in files.items()}
+        self.canonical = any(".q_proj." in name for tree in trees.values() for name in _all_names(tree))
+        seen: dict[tuple[str, int, int], _Piece] = {}
+        for rank in rank_layouts(config, parallel, canonical=self.canonical):
+            file = files[rank.pp_rank, rank.tp_rank]
+            models = _models(trees[rank.pp_rank, rank.tp_rank], rank, file, config)
+            for layouts, model in zip(rank.chunks, models, strict=True):
+                for piece in _pieces(layouts, model, file):
+                    self._add(piece, seen)
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece.block.source_row)
+
+    def _add(self, piece: _Piece, seen: dict[tuple[str, int, int], _Piece]) -> None:
+        key = (piece.block.source, piece.block.source_row, piece.block.column)
+        if key in seen:
+            self._replicas.append((seen[key], piece))
+        else:
+            seen[key] = piece
+            self._pieces[piece.block.source].append(piece)
+
+    def blocks(self) -> Iterator[Block]:
+        """Every rectangle that is held, replicas left out."""
+        for pieces in self._pieces.values():
+            yield from (piece.block for piece in pieces)
+
+    def dtype(self, name: str) -> str:
+        """float32, float16 or bfloat16."""
+        dtypes = {piece.tensor.dtype for piece in self._pieces[name]}
+        if len(dtypes) > 1 or not dtypes <= set(ITEM_SIZE):
+            raise CorruptCheckpoint(f"the parts of {name} have types {', '.join(sorted(dtypes))}")
+        return dtypes.pop()
+
+    def view(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> Bytes | None:
+        """The rectangle, if one rank's tensor holds it at full width."""
+        for piece in self._pieces[name]:
+            block = piece.block
+            same_columns = (block.column, block.column + block.columns) == columns
+            if same_columns and block.source_row <= rows[0] and rows[1] <= block.source_row + block.rows:
+                shift = block.row - block.source_row
+                return piece.tensor.matrix[rows[0] + shift : rows[1] + shift]
+        return None
+
+    def read(self, name: str, rows: tuple[int, int], columns: tuple[int, int], out: Bytes) -> None:
+        """Gather the rectangle from the ranks that hold parts of it."""
+        item = ITEM_SIZE[self.dtype(name)]
+        for piece in self._pieces[name]:
+            block = piece.block
+            top, bottom = max(rows[0], block.source_row), min(rows[1], block.source_row + block.rows)
+            left, right = max(columns[0], block.column), min(columns[1], block.column + block.columns)
+            if top >= bottom or left >= right:
+                continue
+            shift = block.row - block.source_row
+            out[top - rows[0] : bottom - rows[0], (left - columns[0]) * item : (right - columns[0]) * item] = (
+                piece.tensor.matrix[
+                    top + shift : bottom + shift, (left - block.column) * item : (right - block.column) * item
+                ]
+            )
+
+    def differing_replicas(self) -> tuple[list[str], list[str]]:
+        """Weights that should be equal on several ranks and are not: (tied embeddings, others)."""
+        tied: list[str] = []
+        others: list[str] = []
+        for first, second in self._replicas:
+            if not np.array_equal(_rows(first), _rows(second)):
+                (tied if first.block.source in self._tied_to else others).append(second.where)
+        return tied, others
+
+
+def _rows(piece: _Piece) -> Bytes:
+    return piece.tensor.matrix[piece.block.row : piece.block.row + piece.block.rows]
+
+
+def _all_names(tree: Any) -> Iterator[str]:
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(key, str) and re.fullmatch(r"model\d*", key) and isinstance(value, dict):
+            yield from (str(name) for name in value)
+
+
+def _models(tree: Any, rank: RankLayout, file: Path, config: Config) -> list[dict[str, PtTensor]]:
+    """The weights of each virtual chunk, checked by name."""
+    if not isinstance(tree, dict):
+        raise CorruptCheckpoint(f"{file} does not hold a dictionary")
+    wanted = ["model"] if len(rank.chunks) == 1 else [f"model{index}" for index in range(len(rank.chunks))]
+    found = sorted(key for key in tree if isinstance(key, str) and re.fullmatch(r"model\d*", key))
+    if found != sorted(wanted):
+        raise IncompatiblePlan(
+            f"{file} holds {', '.join(found) or 'no model'}, but the layout given makes it {', '.join(wanted)}"
+        )
+    models = []
+    for key, layouts in zip(wanted, rank.chunks, strict=True):
+        if not isinstance(tree[key], dict):
+            raise CorruptCheckpoint(f"{file}: {key} is not a dictionary of tensors")
+        model = {name: tensor for name, tensor in tree[key].items() if not _is_extra_state(name, tensor)}
+        _check_names(model, layouts, f"{file}: {key}", config)
+        models.append(model)
+    return models
+
+
+def _is_extra_state(name: object, value: object) -> bool:
+    return str(name).endswith("_extra_state") and not isinstance(value, PtTensor)
+
+
+def _check_names(model: Mapping[str, object], layouts: Mapping[str, TensorLayout], where: str, config: Config) -> None:
+    for tower in ("image_encoder.encoder.blocks.layers.", "text_decoder.decoder.layers."):
+        has, wants = _count_layers(model, tower), _count_layers(layouts, tower)
+        if has != wants:
+            raise IncompatiblePlan(f"{where} has {has} layers {tower}*, but the layout given makes it {wants}")
+    optional = _tied_outputs(config)
+    missing = [name for name in layouts if name not in model and name not in optional]
+    unknown = [str(name) for name in model if name not in layouts and name not in optional]
+    if missing or unknown:
+        parts = [f"lacks {listed(missing)}"] if missing else []
+        parts += [f"has {listed(unknown)}, which no rule matches"] if unknown else []
+        raise UnknownWeights(f"{where} {' and '.join(parts)}")
+
+
+def _tied_outputs(config: Config) -> set[str]:
+    """mm names that a checkpoint may or may not store, because their tensor is stored elsewhere."""
+    rules = get_family(config.family).mapping
+    return {rule.mm for rule in rules if isinstance(rule, Rename) and rule.tied_to and config.tie_word_embeddings}
+
+
+def _count_layers(names: Mapping[str, object], tower: str) -> int:
+    return len({name[len(tower) :].split(".")[0] for name in names if str(name).startswith(tower)})
+
+
+def _pieces(layouts: Mapping[str, TensorLayout], model: Mapping[str, object], file: Path) -> Iterator[_Piece]:
+    for name, layout in layouts.items():
+        tensor = model.get(name)
+        if tensor is None:
+            continue  # a tied output layer that was left out
+        if not isinstance(tensor, PtTensor):
+            raise CorruptCheckpoint(f"{file}: {name} is not a tensor")
+        if tensor.shape != layout.shape:
+            raise CorruptCheckpoint(
+                f"{file}: {name} has shape {list(tensor.shape)}, but config and layout make it {list(layout.shape)}"
+            )
+        for block in layout.blocks:
+            yield _Piece(block, tensor, f"{file.parent.name}/{RANK_FILE}: {name}")

@@ -1,0 +1,291 @@
+"""`.pt` files: the zip that `torch.save` writes, read without running anything in it, and written without holding it.
+
+    archive/data.pkl     pickle of the tree; a tensor is (storage key, offset, shape, stride)
+    archive/data/<key>   raw little-endian bytes of one storage, 64-byte aligned
+    archive/byteorder  archive/version
+
+Reading admits tensors, plain containers and `argparse.Namespace`. Objects of Megatron, MindSpeed and NumPy, which a
+trainer leaves beside the weights, become inert placeholders. Any other global is refused by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import io
+import itertools
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.conversion.apply import ITEM_SIZE, Bytes
+from core.conversion.files import HashingWriter, OutTensor
+from core.errors import CorruptCheckpoint
+from core.models.mapping import Shape
+
+_STORAGE = {"float32": torch.FloatStorage, "float16": torch.HalfStorage, "bfloat16": torch.BFloat16Storage}
+_STORAGE_DTYPE = {
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "DoubleStorage": "float64",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+}
+_INERT_PACKAGES = frozenset({"megatron", "mindspeed", "mindspeed_mm", "numpy"})
+_MAX_PICKLE_BYTES = 256 << 20
+_ALIGNMENT = 64
+_LOCAL_HEADER = 30
+
+
+@dataclass(frozen=True)
+class PtTensor:
+    """A tensor of a file: its values stay on disk until they are read."""
+
+    dtype: str
+    """As torch names it, without the `torch.`."""
+    shape: Shape
+    data: Bytes
+    """Flat bytes, memory-mapped."""
+
+    @property
+    def matrix(self) -> Bytes:
+        """Bytes as [dim 0, the rest]."""
+        return self.data.reshape(self.shape[0], -1) if self.shape and self.shape[0] else self.data.reshape(0, 0)
+
+
+def read_pt(path: Path) -> Any:
+    """The tree of a file, with `PtTensor` for tensors. Raises CorruptCheckpoint naming the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = {info.filename: info for info in archive.infolist()}
+            pickles = [name for name in records if name.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise CorruptCheckpoint(f"{path} is a zip, but not one that torch.save wrote")
+            prefix = pickles[0].removesuffix("data.pkl")
+            if records[pickles[0]].file_size > _MAX_PICKLE_BYTES:
+                raise CorruptCheckpoint(f"{path}: data.pkl is larger than {_MAX_PICKLE_BYTES} bytes")
+            if f"{prefix}byteorder" in records and archive.read(f"{prefix}byteorder") != b"little":
+                raise CorruptCheckpoint(f"{path} was written by a big-endian machine")
+            pickled = archive.read(pickles[0])
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise CorruptCheckpoint(f"{path} is truncated or not a torch.save file: {error}") from error
+    mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    storages = {
+        name.removeprefix(f"{prefix}data/"): _record(mapped, info, path)
+        for name, info in records.items()
+        if name.startswith(f"{prefix}data/")
+    }
+    try:
+        return _Unpickler(io.BytesIO(pickled), storages=storages, path=path).load()
+    except CorruptCheckpoint:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CorruptCheckpoint(f"{path}: data.pkl is damaged: {type(error).__name__}: {error}") from error
+
+
+def _record(mapped: Bytes, info: zipfile.ZipInfo, path: Path) -> Bytes:
+    """The bytes of a stored zip entry."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise CorruptCheckpoint(f"{path}: {info.filename} is compressed; torch.save stores")
+    header = mapped[info.header_offset : info.header_offset + _LOCAL_HEADER].tobytes()
+    if header[:4] != b"PK\x03\x04":
+        raise CorruptCheckpoint(f"{path}: {info.filename} is not where the zip directory says")
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    start = info.header_offset + _LOCAL_HEADER + name_length + extra_length
+    if start + info.file_size > mapped.size:
+        raise CorruptCheckpoint(f"{path} is truncated: {info.filename} ends after the file")
+    return mapped[start : start + info.file_size]
+
+
+class _Inert:
+    """Stands for an object that nobody here needs; takes whatever a pickle does to it and does nothing."""
+
+    def __new__(cls, *_: object, **__: object) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+    def __setitem__(self, _: object, __: object) -> None:
+        pass
+
+    def append(self, _: object) -> None:
+        """Drop it."""
+
+    def extend(self, _: object) -> None:
+        """Drop them."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO, *, storages: Mapping[str, Bytes], path: Path) -> None:
+        super().__init__(stream)
+        self._storages, self._path = storages, path
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = _known_global(module, name)
+        if known is None:
+            raise CorruptCheckpoint(
+                f"{self._path} wants to load {module}.{name}, which is refused: only tensors, plain containers and "
+                "argparse.Namespace are read",
+                code="unsafe_checkpoint",
+            )
+        return known
+
+    def persistent_load(self, pid: Any) -> tuple[str, Bytes]:
+        """A storage: its type and bytes."""
+        match pid:
+            case ("storage", str(dtype), str(key), _, _) if key in self._storages:
+                return dtype, self._storages[key]
+        raise CorruptCheckpoint(f"{self._path}: data.pkl refers to a storage that is not there")
+
+
+def _known_global(module: str, name: str) -> Any:
+    allowed: dict[tuple[str, str], Any] = {
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("argparse", "Namespace"): argparse.Namespace,
+        ("torch", "Size"): tuple,
+        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+        ("_codecs", "encode"): _Inert,  # how NumPy's pickles spell bytes
+    }
+    if (module, name) in allowed:
+        return allowed[module, name]
+    if module == "torch" and name in _STORAGE_DTYPE:
+        return _STORAGE_DTYPE[name]
+    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+        return getattr(torch, name)
+    if module.split(".")[0] in _INERT_PACKAGES:
+        return _Inert
+    return None
+
+
+def _rebuild_tensor(
+    storage: tuple[str, Bytes], offset: int, shape: Shape, stride: Shape, _grad: object, _hooks: object, *_: object
+) -> PtTensor:
+    dtype, data = storage
+    item = int(getattr(torch, dtype).itemsize)
+    wanted, span = 1, []
+    for size in reversed(shape):
+        span.append(wanted)
+        wanted *= size
+    expected = tuple(reversed(span))
+    if any(size > 1 and got != want for size, got, want in zip(shape, stride, expected, strict=True)):
+        raise CorruptCheckpoint(
+            f"a tensor of shape {list(shape)} has stride {list(stride)}; only contiguous ones are read"
+        )
+    count = wanted if shape else 1
+    if offset < 0 or (offset + count) * item > data.size:
+        raise CorruptCheckpoint(f"a tensor of shape {list(shape)} reaches beyond its storage of {data.size} bytes")
+    return PtTensor(dtype, tuple(shape), data[offset * item : (offset + count) * item])
+
+
+def _rebuild_parameter(data: PtTensor, _grad: object, _hooks: object) -> PtTensor:
+    return data
+
+
+def write_pt(path: Path, tree: Mapping[str, Any]) -> str:
+    """Write a tree whose leaves are `OutTensor`, numbers and strings; return the file's SHA-256.
+
+    `torch.load(weights_only=True)` reads it. Tensors are asked for their bytes in order, one chunk at a time.
+    """
+    pickled = io.BytesIO()
+    pickler = _Pickler(pickled)
+    pickler.dump(dict(tree))
+    with HashingWriter.open(path) as out:
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:  # type: ignore[call-overload]
+            _add(archive, out, "archive/data.pkl", pickled.getvalue())
+            _add(archive, out, "archive/byteorder", b"little")
+            for key, tensor in enumerate(pickler.tensors):
+                _add_tensor(archive, out, f"archive/data/{key}", tensor)
+            _add(archive, out, "archive/version", b"3\n")
+        return out.hexdigest()
+
+
+def from_torch(tensor: torch.Tensor) -> OutTensor:
+    """A tensor in memory, to be written; it goes to the host when its turn comes."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in ITEM_SIZE:
+        raise TypeError(f"weights are {', '.join(ITEM_SIZE)}, not {dtype}")
+
+    def chunks() -> list[Bytes]:
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        return [flat.view(torch.uint8).numpy()]
+
+    return OutTensor(dtype, tuple(tensor.shape), chunks)
+
+
+@dataclass(frozen=True)
+class _StorageRef:
+    key: int
+    dtype: str
+    count: int
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles OutTensors as torch pickles tensors, and remembers them in order."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream, protocol=2)
+        self.tensors: list[OutTensor] = []
+
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, _StorageRef):
+            return "storage", _STORAGE[obj.dtype], str(obj.key), "cpu", obj.count
+        return None
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, OutTensor):
+            return NotImplemented
+        count = obj.size_bytes // ITEM_SIZE[obj.dtype]
+        storage = _StorageRef(len(self.tensors), obj.dtype, count)
+        self.tensors.append(obj)
+        stride = tuple(itertools.accumulate(reversed(obj.shape[1:]), lambda a, b: a * b, initial=1))[::-1]
+        arguments: tuple[object, ...] = (
+            storage,
+            0,
+            obj.shape,
+            stride if obj.shape else (),
+            False,
+            collections.OrderedDict(),
+        )
+        return torch._utils._rebuild_tensor_v2, arguments  # noqa: SLF001 - the name that the format is made of
+
+
+def _entry(out: HashingWriter, name: str, size: int) -> zipfile.ZipInfo:
+    """A stored entry whose data begins at a multiple of 64, padded as torch pads (extra field "FB")."""
+    info = zipfile.ZipInfo(name)
+    info.file_size = size
+    info.external_attr = 0o640 << 16
+    zip64 = 20 if size * 1.05 > zipfile.ZIP64_LIMIT else 0
+    start = out.position + _LOCAL_HEADER + len(name) + zip64 + 4
+    padding = -start % _ALIGNMENT
+    info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
+    return info
+
+
+def _add(archive: zipfile.ZipFile, out: HashingWriter, name: str, data: bytes) -> None:
+    with archive.open(_entry(out, name, len(data)), "w") as entry:
+        entry.write(data)
+
+
+def _add_tensor(archive: zipfile.ZipFile, out: HashingWriter, name: str, tensor: OutTensor) -> None:
+    written = 0
+    with archive.open(_entry(out, name, tensor.size_bytes), "w") as entry:
+        for chunk in tensor.chunks():
+            written += entry.write(np.ascontiguousarray(chunk).reshape(-1).data)
+    assert written == tensor.size_bytes, f"{name}: wrong number of bytes"

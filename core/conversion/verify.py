@@ -1,0 +1,65 @@
+"""Proofs about a conversion: that nothing is lost or written twice, and that what was written equals its source."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from core.conversion.apply import WeightSource, chunks, layout_dtype, whole_tensor
+from core.errors import UnknownWeights
+from core.models.hf_folder import listed
+from core.models.layout import Block, TensorLayout
+from core.models.mapping import Shape, width
+
+
+def check_complete(layouts: Mapping[str, TensorLayout]) -> None:
+    """Every row of every target tensor comes from exactly one block."""
+    broken = [name for name, layout in layouts.items() if not _tiles(_row_ranges(layout), layout.shape[0])]
+    if broken:
+        raise UnknownWeights(f"these weights would be incomplete: {listed(broken)}")
+
+
+def check_consumed(shapes: Mapping[str, Shape], blocks: Iterable[Block]) -> None:
+    """Every value of every HF tensor is used, and no two different rectangles overlap. Equal rectangles are replicas."""
+    rectangles: dict[str, set[tuple[int, int, int, int]]] = defaultdict(set)
+    for block in blocks:
+        rectangles[block.source].add((block.column, block.columns, block.source_row, block.rows))
+    unknown = sorted(set(rectangles) - set(shapes))
+    unused = [name for name, shape in shapes.items() if not _covered(rectangles[name], shape)]
+    if unknown or unused:
+        raise UnknownWeights(f"not used exactly once: {listed([*unused, *unknown])}")
+
+
+def _row_ranges(layout: TensorLayout) -> list[tuple[int, int]]:
+    return [(block.row, block.rows) for block in layout.blocks]
+
+
+def _covered(rectangles: set[tuple[int, int, int, int]], shape: Shape) -> bool:
+    columns = {(column, count) for column, count, _, _ in rectangles}
+    return _tiles(columns, width(shape)) and all(
+        _tiles([(row, rows) for column, count, row, rows in rectangles if (column, count) == band], shape[0])
+        for band in columns
+    )
+
+
+def _tiles(ranges: Iterable[tuple[int, int]], size: int) -> bool:
+    """True when the (start, count) ranges follow one another from 0 to size."""
+    position = 0
+    for start, count in sorted(ranges):
+        if start != position:
+            return False
+        position += count
+    return position == size
+
+
+def differing(shapes: Mapping[str, Shape], first: WeightSource, second: WeightSource) -> list[str]:
+    """HF names whose values differ between two sources, after casting the first to the second's type."""
+    return [name for name, shape in shapes.items() if not _equal(whole_tensor(name, shape), first, second)]
+
+
+def _equal(layout: TensorLayout, first: WeightSource, second: WeightSource) -> bool:
+    wanted = layout_dtype(layout, second)
+    pairs = zip(chunks(layout, first, dtype=wanted), chunks(layout, second), strict=True)
+    return all(np.array_equal(mine.reshape(-1), other.reshape(-1)) for mine, other in pairs)
