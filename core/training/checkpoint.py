@@ -19,10 +19,10 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,13 @@ STATE_FILE = "temper_optim.pt"
 SPARE_BYTES = 64 << 20
 """Left free beyond what a checkpoint needs."""
 
-WriteWeights = Callable[[Path, Mapping[str, Tensor]], None]
+
+
+class WriteWeights(Protocol):
+    """Writes one rank's file of mm weights and returns its SHA-256."""
+
+    def __call__(self, path: Path, state_dict: Mapping[str, Tensor], *, iteration: int | None = None) -> str:
+        """Write the file at `path`, which is not there yet."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,8 @@ class Facts:
     has_optimizer: bool
     files: dict[str, int] = field(default_factory=dict)
     """Relative path to size in bytes."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """Relative path to SHA-256, of files that were hashed while they were written."""
 
     @classmethod
     def read(cls, path: Path) -> Facts:
@@ -99,12 +107,16 @@ class Checkpoints:
             total = sum(step.gather(needed))
             if self.mesh.rank == 0:
                 self._make_room(temporary, total)
+        digests: dict[str, str] = {}
         with self._together():
             if self.mesh.dp_rank == 0:
-                self._write(temporary / self.rank_folder, weights, state)
-        with self._together():
+                folder = temporary / self.rank_folder
+                digests[f"{self.rank_folder}/{WEIGHTS_FILE}"] = self._write(folder, weights, state, facts.position.iteration)
+        with self._together() as step:
+            for told in step.gather(digests):
+                digests.update(told)
             if self.mesh.rank == 0:
-                self._complete(temporary, final, facts)
+                self._complete(temporary, final, replace(facts, digests=digests))
 
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint; all ranks get rank 0's answer."""
@@ -136,14 +148,16 @@ class Checkpoints:
                 hint="free space there, lower checkpoint.keep_last, or set checkpoint.save_optim to false",
             )
 
-    def _write(self, folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any] | None) -> None:
-        folder.mkdir(exist_ok=True)
-        self.write_weights(folder / WEIGHTS_FILE, weights)
+    def _write(self, folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any] | None, iteration: int) -> str:
+        """Write and sync this rank's files; return the digest of the weights."""
+        folder.mkdir()
+        digest = self.write_weights(folder / WEIGHTS_FILE, weights, iteration=iteration)
         if state is not None:
             torch.save(owned(state), folder / STATE_FILE)
         for path in folder.iterdir():
             fsync(path)
         fsync(folder)
+        return digest
 
     def _complete(self, temporary: Path, final: Path, facts: Facts) -> None:
         """Give the checkpoint its name, point the tracker at it, and only then remove old ones."""
