@@ -23,7 +23,7 @@ def main() -> None:
             "--beat",
             "--without-gossip",
             "--without-mingle",
-            "--loglevel=INFO",
+            "--loglevel=WARNING",
         ]
     )
 

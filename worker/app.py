@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
+import structlog
 from celery import Celery
-from celery.signals import worker_ready
+from celery.signals import setup_logging, worker_ready
 
 from core.db.session import Database
 from core.jobs import queue
 from core.settings import Settings
 from worker import tasks
 from worker.node import Beacon
+
+log = structlog.get_logger(__name__)
 
 
 def build_worker(settings: Settings) -> Celery:
@@ -34,8 +39,15 @@ def build_worker(settings: Settings) -> Celery:
     }
     app.conf.beat_scheduler = "celery.beat:Scheduler"  # in memory: the schedule is this one line
 
+    @setup_logging.connect(weak=False)
+    def keep_ours(**_: object) -> None:
+        """Celery would set up logging of its own, with two lines for every tick."""
+        for name in ("celery", "kombu"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
     @worker_ready.connect(weak=False)
     def start_beacon(**_: object) -> None:
+        log.info("worker.ready", node=settings.node_name)
         Beacon(database, settings).start()
 
     return app

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -71,8 +72,11 @@ class Task:
 class Supervisor:
     """Runs one task to its end."""
 
-    def __init__(self, database: Database, settings: Settings, task: Task) -> None:
+    def __init__(
+        self, database: Database, settings: Settings, task: Task, *, build_command: Callable[..., Launch] = command
+    ) -> None:
         self.database, self.settings, self.task = database, settings, task
+        self.build_command = build_command
         self.store = Store(settings.store_dir)
         self.attempt_dir = self.store.attempt_dir(task.job_id, task.number)
         self.shipper = Shipper(
@@ -86,11 +90,11 @@ class Supervisor:
         )
         self.renewed = self.shipped = time.monotonic()
         self.stopping_since: float | None = None
+        self.next_term_s = 0.0
         self.draining = False
 
     def run(self) -> None:
         """Start the runner, watch it, record the outcome."""
-        signal.signal(signal.SIGTERM, self._drain)
         try:
             launch = self._prepare()
         except AppError as error:
@@ -125,7 +129,7 @@ class Supervisor:
             node_rank=self.task.node_rank,
             rendezvous=rendezvous,
         )
-        return command(part, self.attempt_dir, base_env=os.environ, num_cores=os.cpu_count() or 1)
+        return self.build_command(part, self.attempt_dir, base_env=os.environ, num_cores=os.cpu_count() or 1)
 
     def _write_job_file(self) -> None:
         with self.database.read() as session:
@@ -160,9 +164,9 @@ class Supervisor:
         self._until(lambda: offered() is not None)
         return offered() or ""
 
-    def _until(self, condition: object) -> None:
+    def _until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + self.settings.start_timeout_s
-        while not condition():  # type: ignore[operator]  # any callable; Protocols would say less here
+        while not condition():
             if time.monotonic() > deadline:
                 raise AppError("the first host did not start in time", code="rendezvous_timeout")
             time.sleep(0.2)
@@ -187,9 +191,9 @@ class Supervisor:
 
     def _term_due(self, waited: float) -> bool:
         """TERM once at the start of the grace, and again each 5 s for a process that came later."""
-        due = getattr(self, "_next_term", 0.0) <= waited
+        due = self.next_term_s <= waited
         if due:
-            self._next_term = waited + 5.0
+            self.next_term_s = waited + 5.0
         return due
 
     def _begin_stop(self) -> None:
@@ -227,7 +231,8 @@ class Supervisor:
             raise Fenced(self.task.grip.lease_id)
         time.sleep(min(0.5, self.settings.heartbeat_s))
 
-    def _drain(self, _signum: int, _frame: FrameType | None) -> None:
+    def drain(self, _signum: int, _frame: FrameType | None) -> None:
+        """Signal handler: stop the runner, which saves, and hand the job back to the queue."""
         self.draining = True
 
     def _finish(self, code: int | None, refusal: AppError | None) -> None:
@@ -337,7 +342,9 @@ def main(lease_id: str) -> int:
         log.info("lease.taken", lease_id=lease_id)
         return 0
     try:
-        Supervisor(database, settings, task).run()
+        supervisor = Supervisor(database, settings, task)
+        signal.signal(signal.SIGTERM, supervisor.drain)
+        supervisor.run()
     except InvalidTransition as race:
         log.warning("attempt.superseded", job_id=task.job_id, error=race.message)
     return 0

@@ -28,7 +28,7 @@ def node_queue(node: str) -> str:
 
 def build_app(settings: Settings) -> Celery:
     """The application of producers and workers alike; see `worker/README.md` for why each setting is what it is."""
-    app = Celery("temper", broker=settings.broker_url or "filesystem://", set_as_current=False)
+    app = Celery("temper", broker=settings.broker_url or "filesystem://localhost", set_as_current=False)
     app.conf.update(
         broker_transport_options=_transport_options(settings),
         broker_connection_retry_on_startup=True,

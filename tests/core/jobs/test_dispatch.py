@@ -1,0 +1,195 @@
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import select, update
+
+from core.clock import utcnow
+from core.db.models import Attempt, Job, Lease, Node
+from core.db.session import Database
+from core.jobs import dispatch, repository
+from core.jobs.lifecycle import JobState, transition
+from core.settings import Settings
+from tests.factories import add_artifact, add_node, hf_7b, submit
+
+PARALLEL = {"nproc_per_node": 2, "llm_pp_layers": [[28]], "vit_pp_layers": [[32]]}
+
+
+def submit_training(database: Database, settings: Settings, **more: object) -> str:
+    with database.write() as session:
+        parallel = {**PARALLEL, **more.pop("parallel", {})}  # type: ignore[dict-item]  # a test's own keyword
+        spec = {
+            "model": {"artifact": hf_7b(session).id},
+            "dataset": {"artifact": add_artifact(session, "dataset").id},
+            "parallel": parallel,
+            "train_iters": 1,
+            "global_batch_size": 8,
+        }
+        return submit(session, settings, "training", spec, **more).id
+
+
+def state_of(database: Database, job_id: str) -> str:
+    with database.read() as session:
+        return session.get_one(Job, job_id).state
+
+
+def leases_of(database: Database, job_id: str) -> list[Lease]:
+    with database.read() as session:
+        attempt = repository.attempt(session, job_id)
+        return list(repository.leases(session, attempt.id)) if attempt else []
+
+
+class TestPlace:
+    def test_a_job_gets_its_devices_and_a_lease(self, database: Database, settings: Settings) -> None:
+        add_node(database, settings)
+        job_id = submit_training(database, settings)
+        dispatch.tick(database, settings)
+        (lease,) = leases_of(database, job_id)
+        assert state_of(database, job_id) == "starting"
+        assert (lease.node, lease.devices, lease.state) == ("node-a", [0, 1], "pending")
+
+    def test_a_second_job_waits_until_the_devices_are_free(self, database: Database, settings: Settings) -> None:
+        add_node(database, settings)
+        first, second = (submit_training(database, settings) for _ in range(2))
+        dispatch.tick(database, settings)
+        assert [state_of(database, first), state_of(database, second)] == ["starting", "queued"]
+        with database.read() as session:
+            assert "0 free" in (session.get_one(Job, second).reason or "")
+        with database.write() as session:
+            session.execute(update(Lease).values(state="released"))
+        dispatch.tick(database, settings)
+        assert state_of(database, second) == "starting"
+
+    def test_priority_goes_before_age(self, database: Database, settings: Settings) -> None:
+        old, urgent = submit_training(database, settings), submit_training(database, settings, priority=5)
+        add_node(database, settings)
+        dispatch.tick(database, settings)
+        assert [state_of(database, old), state_of(database, urgent)] == ["queued", "starting"]
+
+    def test_all_hosts_of_a_job_or_none(self, database: Database, settings: Settings) -> None:
+        add_node(database, settings, "node-a")
+        add_node(database, settings, "node-b")
+        blocker = submit_training(database, settings)
+        dispatch.tick(database, settings)
+        gang = submit_training(database, settings, parallel={"nnodes": 2})
+        dispatch.tick(database, settings)
+        assert [state_of(database, blocker), state_of(database, gang)] == ["starting", "queued"]
+        with database.write() as session:
+            session.execute(update(Lease).values(state="released"))
+        dispatch.tick(database, settings)
+        assert sorted(lease.node for lease in leases_of(database, gang)) == ["node-a", "node-b"]
+
+    def test_a_silent_or_unhealthy_host_gets_nothing(self, database: Database, settings: Settings) -> None:
+        add_node(database, settings, "silent")
+        add_node(database, settings, "broken")
+        job_id = submit_training(database, settings)
+        with database.write() as session:
+            session.execute(
+                update(Node).where(Node.name == "silent").values(last_seen_at=utcnow() - timedelta(hours=1))
+            )
+            session.execute(update(Node).where(Node.name == "broken").values(healthy=False))
+        dispatch.tick(database, settings)
+        assert state_of(database, job_id) == "queued"
+
+
+class TestReap:
+    def expire(self, database: Database) -> None:
+        with database.write() as session:
+            session.execute(update(Lease).values(expires_at=utcnow() - timedelta(minutes=10)))
+
+    def test_a_lost_attempt_returns_the_job_to_the_queue(self, database: Database, settings: Settings) -> None:
+        add_node(database, settings)
+        job_id = submit_training(database, settings)
+        dispatch.tick(database, settings)
+        self.expire(database)
+        dispatch.reap(database, settings, utcnow())
+        assert state_of(database, job_id) == "queued"
+        with database.read() as session:
+            assert session.scalars(select(Attempt.state)).all() == ["lost"]
+        dispatch.place(database, settings, utcnow())
+        with database.read() as session:
+            assert [attempt.number for attempt in repository.attempts(session, job_id)] == [1, 2]
+
+    def test_a_lease_is_left_alone_until_the_margin_is_over(self, database: Database, settings: Settings) -> None:
+        add_node(database, settings)
+        job_id = submit_training(database, settings)
+        dispatch.tick(database, settings)
+        with database.write() as session:
+            session.execute(update(Lease).values(expires_at=utcnow() - timedelta(seconds=settings.fence_margin_s / 2)))
+        dispatch.reap(database, settings, utcnow())
+        assert state_of(database, job_id) == "starting"
+
+    def test_the_job_fails_when_all_attempts_are_used(self, database: Database, settings: Settings) -> None:
+        add_node(database, settings)
+        job_id = submit_training(database, settings, max_attempts=1)
+        dispatch.tick(database, settings)
+        self.expire(database)
+        dispatch.reap(database, settings, utcnow())
+        with database.read() as session:
+            job = session.get_one(Job, job_id)
+        assert job.state == "failed"
+        assert job.error is not None
+        assert job.error["code"] == "attempt_lost"
+
+    def test_a_lost_attempt_that_was_being_cancelled_is_cancelled(self, database: Database, settings: Settings) -> None:
+        add_node(database, settings)
+        job_id = submit_training(database, settings)
+        dispatch.tick(database, settings)
+        with database.write() as session:
+            transition(session, session.get_one(Job, job_id), JobState.CANCELLING)
+        self.expire(database)
+        dispatch.reap(database, settings, utcnow())
+        assert state_of(database, job_id) == "cancelled"
+
+
+class TestReleaseDependants:
+    @pytest.fixture
+    def chain(self, database: Database, settings: Settings) -> tuple[str, str]:
+        with database.write() as session:
+            parallel = {"llm_pp_layers": [[28]], "vit_pp_layers": [[32]]}
+            first = submit(
+                session,
+                settings,
+                "conversion",
+                {"operation": "hf_to_mm", "source": {"artifact": hf_7b(session).id}, "parallel": parallel},
+            )
+            spec = {"operation": "mm_to_hf", "source": {"job": first.id}}
+            return first.id, submit(session, settings, "conversion", spec).id
+
+    def finish(self, database: Database, job_id: str, end: JobState) -> None:
+        with database.write() as session:
+            job = session.get_one(Job, job_id)
+            for state in (JobState.STARTING, JobState.RUNNING, end):
+                transition(session, job, state)
+
+    def test_a_job_waits_for_its_input_and_is_then_queued(
+        self, database: Database, settings: Settings, chain: tuple[str, str]
+    ) -> None:
+        first, second = chain
+        dispatch.release_dependants(database)
+        assert state_of(database, second) == "waiting"
+        self.finish(database, first, JobState.SUCCEEDED)
+        dispatch.release_dependants(database)
+        assert state_of(database, second) == "queued"
+
+    def test_a_job_fails_with_its_input(self, database: Database, settings: Settings, chain: tuple[str, str]) -> None:
+        first, second = chain
+        self.finish(database, first, JobState.FAILED)
+        dispatch.release_dependants(database)
+        with database.read() as session:
+            job = session.get_one(Job, second)
+        assert job.state == "failed"
+        assert job.error is not None
+        assert job.error["code"] == "dependency_failed"
+        assert first in job.error["message"]
+
+
+class TestAlone:
+    def test_two_schedulers_never_work_at_once(self, database: Database, settings: Settings) -> None:
+        add_node(database, settings)
+        job_id = submit_training(database, settings)
+        with dispatch._alone(database) as alone:
+            assert alone
+            dispatch.tick(database, settings)
+            assert state_of(database, job_id) == "queued"
+        dispatch.tick(database, settings)
+        assert state_of(database, job_id) == "starting"

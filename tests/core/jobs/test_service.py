@@ -1,0 +1,330 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from core.db.models import Artifact, Job
+from core.db.session import Database
+from core.errors import (
+    AppError,
+    Conflict,
+    ForbiddenPath,
+    IncompatiblePlan,
+    InvalidDataset,
+    InvalidSpec,
+    NotFound,
+    UnsupportedOption,
+)
+from core.jobs import service
+from core.jobs.lifecycle import JobState, transition
+from core.settings import Settings
+from core.storage.local import Store
+from tests.factories import ADMIN, ALICE, BOB, LAYOUT_7B, add_artifact, add_node, dataset_source, hf_7b, request, submit
+
+
+@pytest.fixture
+def database_url(sqlite_url: str) -> str:
+    """Rules do not depend on the database; one kind is enough here."""
+    return sqlite_url
+
+
+def training_spec(model: Artifact, data: Artifact, **changes: Any) -> dict[str, Any]:
+    spec = {
+        "model": {"artifact": model.id},
+        "dataset": {"artifact": data.id},
+        "parallel": {**LAYOUT_7B, "nproc_per_node": 2},
+        "train_iters": 10,
+        "global_batch_size": 8,
+    }
+    return spec | changes
+
+
+class TestRefusals:
+    """Each refusal comes at submission and says what would work."""
+
+    def refuse(self, database: Database, settings: Settings, kind: str, change: dict[str, Any]) -> AppError:
+        with database.write() as session:
+            model, data = hf_7b(session), add_artifact(session, "dataset")
+            spec: dict[str, Any] = (
+                training_spec(model, data)
+                if kind == "training"
+                else {"operation": "hf_to_mm", "source": {"artifact": model.id}, "parallel": LAYOUT_7B}
+            )
+            with pytest.raises(AppError) as caught:
+                submit(session, settings, kind, spec | change)
+            assert session.query(Job).count() == 0
+        return caught.value
+
+    def test_layers_that_do_not_sum_to_the_models(self, database: Database, settings: Settings) -> None:
+        error = self.refuse(database, settings, "conversion", {"parallel": {**LAYOUT_7B, "llm_pp_layers": [[12, 15]]}})
+        assert isinstance(error, IncompatiblePlan)
+        assert "27" in error.message
+        assert "28" in error.message
+
+    def test_tp_that_does_not_divide_the_kv_heads(self, database: Database, settings: Settings) -> None:
+        error = self.refuse(database, settings, "conversion", {"parallel": {**LAYOUT_7B, "tp_size": 8}})
+        assert isinstance(error, IncompatiblePlan)
+        assert "num_key_value_heads=4" in error.message
+        assert "1, 2, 4" in error.message
+
+    def test_vision_layers_after_language_layers(self, database: Database, settings: Settings) -> None:
+        layout = {"tp_size": 1, "llm_pp_layers": [[12, 16]], "vit_pp_layers": [[16, 16]]}
+        error = self.refuse(database, settings, "conversion", {"parallel": layout})
+        assert isinstance(error, IncompatiblePlan)
+        assert "vision layers must come before" in error.message
+
+    def test_more_devices_than_the_cluster_has(self, database: Database, settings: Settings) -> None:
+        add_node(database, settings, devices=2)
+        error = self.refuse(database, settings, "training", {"parallel": {**LAYOUT_7B, "nproc_per_node": 8}})
+        assert error.code == "not_enough_devices"
+        assert "node-a: 2 cpu" in error.message
+
+    def test_an_artifact_of_the_wrong_kind(self, database: Database, settings: Settings) -> None:
+        with database.write() as session:
+            wrong = add_artifact(session, "dataset")
+        error = self.refuse(database, settings, "conversion", {"source": {"artifact": wrong.id}})
+        assert error.code == "wrong_artifact_kind"
+        assert "hf_model" in error.message
+
+    def test_a_path_outside_the_allowed_roots(self, database: Database, settings: Settings) -> None:
+        error = self.refuse(database, settings, "conversion", {"source": {"path": "/etc"}})
+        assert isinstance(error, ForbiddenPath)
+        assert "allowed roots" in (error.hint or "")
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"lora": {"r": 8}}, "spec.lora"),
+            ({"parallel": {**LAYOUT_7B, "tp_size": 2, "nproc_per_node": 4}}, "spec.parallel.tp_size"),
+            (
+                {
+                    "parallel": {
+                        "nproc_per_node": 2,
+                        "llm_pp_layers": [[0, 10], [9, 9]],
+                        "vit_pp_layers": [[32, 0], [0, 0]],
+                    }
+                },
+                "spec.parallel.llm_pp_layers",
+            ),
+        ],
+    )
+    def test_what_the_engine_cannot_do_yet(
+        self, database: Database, settings: Settings, change: dict[str, Any], named: str
+    ) -> None:
+        error = self.refuse(database, settings, "training", change)
+        assert isinstance(error, UnsupportedOption)
+        assert named in error.message
+
+    def test_rows_longer_than_seq_length(self, database: Database, settings: Settings) -> None:
+        with database.write() as session:
+            data = add_artifact(session, "dataset", {"max_length": 2000, "num_train": 5})
+        error = self.refuse(database, settings, "training", {"dataset": {"artifact": data.id}})
+        assert "seq_length (1024)" in error.message
+
+    def test_annotations_that_are_not_there(self, database: Database, settings: Settings, tmp_path: Path) -> None:
+        with database.write() as session:
+            source, model = dataset_source(session, tmp_path / "src"), hf_7b(session)
+            spec = {"source": {"artifact": source.id}, "annotations": "b.json", "tokenizer": {"artifact": model.id}}
+            with pytest.raises(InvalidDataset, match=r"which has a\.json"):
+                submit(session, settings, "dataset", spec)
+
+    def test_foreign_artifacts_do_not_exist(self, database: Database, settings: Settings) -> None:
+        with database.write() as session:
+            theirs = hf_7b(session, owner=BOB.user)
+            spec = {"operation": "hf_to_mm", "source": {"artifact": theirs.id}, "parallel": LAYOUT_7B}
+            with pytest.raises(NotFound):
+                submit(session, settings, "conversion", spec)
+
+
+class TestSpecs:
+    """What the spec alone tells."""
+
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            (
+                {"operation": "hf_to_mm", "source": {"path": "/m"}, "parallel": LAYOUT_7B, "tp": 2},
+                "Extra inputs are not permitted",
+            ),
+            ({"operation": "hf_to_mm", "source": {"path": "/m"}}, "parallel is required with hf_to_mm"),
+            (
+                {"operation": "mm_to_hf", "source": {"path": "/m"}, "parallel": LAYOUT_7B},
+                "parallel has no effect with mm_to_hf",
+            ),
+            ({"operation": "hf_to_mm", "source": {}, "parallel": LAYOUT_7B}, "exactly one of artifact, job, path"),
+            (
+                {
+                    "operation": "hf_to_mm",
+                    "source": {"path": "/m"},
+                    "parallel": {"llm_pp_layers": [[1, 2]], "vit_pp_layers": [[3]]},
+                },
+                "both need one entry per pipeline rank",
+            ),
+        ],
+    )
+    def test_contradictions_are_refused(self, spec: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValidationError, match=message):
+            request("conversion", spec)
+
+    def test_a_batch_that_does_not_divide_names_both_numbers(self) -> None:
+        spec = {
+            "model": {"path": "/m"},
+            "dataset": {"path": "/d"},
+            "parallel": {**LAYOUT_7B, "nproc_per_node": 8},
+            "train_iters": 1,
+            "global_batch_size": 6,
+        }
+        with pytest.raises(
+            ValidationError, match=r"global_batch_size \(6\) must be a multiple of the data-parallel size \(4\)"
+        ):
+            request("training", spec)
+
+
+class TestChains:
+    def test_a_whole_chain_is_checked_and_submitted_at_once(
+        self, database: Database, settings: Settings, tmp_path: Path
+    ) -> None:
+        with database.write() as session:
+            model, source = hf_7b(session), dataset_source(session, tmp_path / "src")
+            convert = submit(
+                session,
+                settings,
+                "conversion",
+                {"operation": "hf_to_mm", "source": {"artifact": model.id}, "parallel": LAYOUT_7B},
+            )
+            data = submit(
+                session,
+                settings,
+                "dataset",
+                {"source": {"artifact": source.id}, "annotations": "a.json", "tokenizer": {"artifact": model.id}},
+            )
+            spec = training_spec(model, add_artifact(session, "dataset")) | {
+                "model": {"job": convert.id},
+                "dataset": {"job": data.id},
+            }
+            train = submit(session, settings, "training", spec)
+            export = submit(session, settings, "conversion", {"operation": "mm_to_hf", "source": {"job": train.id}})
+            assert [job.state for job in (convert, data, train, export)] == ["queued", "queued", "waiting", "waiting"]
+
+    def test_an_impossible_split_is_refused_although_its_input_does_not_exist_yet(
+        self, database: Database, settings: Settings
+    ) -> None:
+        with database.write() as session:
+            spec = {"operation": "hf_to_mm", "source": {"artifact": hf_7b(session).id}, "parallel": LAYOUT_7B}
+            convert = submit(session, settings, "conversion", spec)
+            reshard = {"operation": "reshard", "source": {"job": convert.id}, "parallel": {**LAYOUT_7B, "tp_size": 3}}
+            with pytest.raises(IncompatiblePlan, match="tp_size=3"):
+                submit(session, settings, "conversion", reshard)
+
+    def test_the_wrong_output_is_refused(self, database: Database, settings: Settings) -> None:
+        with database.write() as session:
+            spec = {"operation": "hf_to_mm", "source": {"artifact": hf_7b(session).id}, "parallel": LAYOUT_7B}
+            convert = submit(session, settings, "conversion", spec)
+            with pytest.raises(NotFound, match="will have no output 'model'"):
+                submit(
+                    session,
+                    settings,
+                    "conversion",
+                    {"operation": "mm_to_hf", "source": {"job": convert.id, "output": "model"}},
+                )
+
+
+class TestCancelAndRetry:
+    @pytest.fixture
+    def job_id(self, database: Database, settings: Settings) -> str:
+        with database.write() as session:
+            spec = {"operation": "hf_to_mm", "source": {"artifact": hf_7b(session).id}, "parallel": LAYOUT_7B}
+            return submit(session, settings, "conversion", spec).id
+
+    def test_a_queued_job_is_cancelled_at_once_and_twice_is_fine(self, database: Database, job_id: str) -> None:
+        for _ in range(2):
+            with database.write() as session:
+                assert service.cancel(session, session.get_one(Job, job_id)).state == "cancelled"
+
+    def test_a_running_job_is_asked_to_stop(self, database: Database, job_id: str) -> None:
+        with database.write() as session:
+            job = session.get_one(Job, job_id)
+            for state in (JobState.STARTING, JobState.RUNNING):
+                transition(session, job, state)
+            assert service.cancel(session, job).state == "cancelling"
+
+    def test_a_failed_job_is_queued_again(self, database: Database, job_id: str) -> None:
+        with database.write() as session:
+            job = session.get_one(Job, job_id)
+            transition(session, job, JobState.FAILED, error={"code": "x", "message": "y", "hint": None})
+            service.retry(session, job)
+            assert (job.state, job.error, job.finished_at) == ("queued", None, None)
+
+    def test_a_succeeded_job_can_be_neither_cancelled_nor_retried(self, database: Database, job_id: str) -> None:
+        with database.write() as session:
+            job = session.get_one(Job, job_id)
+            for state in (JobState.STARTING, JobState.RUNNING, JobState.SUCCEEDED):
+                transition(session, job, state)
+            with pytest.raises(Conflict):
+                service.cancel(session, job)
+            with pytest.raises(Conflict):
+                service.retry(session, job)
+
+
+class TestArtifacts:
+    def test_an_artifact_of_a_live_job_is_not_deleted(self, database: Database, settings: Settings) -> None:
+        with database.write() as session:
+            model = hf_7b(session)
+            job = submit(
+                session,
+                settings,
+                "conversion",
+                {"operation": "hf_to_mm", "source": {"artifact": model.id}, "parallel": LAYOUT_7B},
+            )
+            with pytest.raises(Conflict, match=job.id):
+                service.delete_artifact(session, model)
+            service.cancel(session, job)
+            service.delete_artifact(session, model)
+            assert model.deleted_at is not None
+
+    def test_registering_checks_the_folder_and_hashes_it(
+        self, database: Database, settings: Settings, tmp_path: Path
+    ) -> None:
+        source = tmp_path / "source"
+        source.mkdir()
+        (source / "a.json").write_text("[]")
+        store = Store(settings.store_dir)
+        with database.write() as session:
+            made = service.register(
+                session,
+                settings=settings,
+                store=store,
+                principal=ADMIN,
+                kind="dataset_source",
+                path=str(source),
+                name=None,
+            )
+        (entry,) = store.manifest(made.id).files
+        assert (made.name, made.shared, entry.path, entry.size) == ("source", True, "a.json", 2)
+        assert entry.sha256 == "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945"
+
+    def test_an_empty_folder_is_no_data_set(self, database: Database, settings: Settings, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        with database.write() as session, pytest.raises(InvalidDataset):
+            service.register(
+                session,
+                settings=settings,
+                store=Store(settings.store_dir),
+                principal=ALICE,
+                kind="dataset_source",
+                path=str(tmp_path / "empty"),
+                name=None,
+            )
+
+    def test_a_report_cannot_be_registered(self, database: Database, settings: Settings, tmp_path: Path) -> None:
+        with database.write() as session, pytest.raises(InvalidSpec, match="cannot be registered"):
+            service.register(
+                session,
+                settings=settings,
+                store=Store(settings.store_dir),
+                principal=ALICE,
+                kind="report",
+                path=str(tmp_path),
+                name=None,
+            )
