@@ -37,7 +37,7 @@ VERSION = 1
 NO_TARGET = -100
 SPLITS = ("train", "validation")
 
-_REMAKE = "make the data set with this model's folder as tokenizer"
+_REMAKE = "tokenizer and processor files must be those of the model: make the data set with its folder as tokenizer"
 
 Grid = tuple[int, int, int]
 IntArray = npt.NDArray[np.int64]
@@ -138,21 +138,13 @@ class TokenisedDataset:
 
     def check_model(self, config: Config) -> None:
         """Refuse a model that this data set was not made for; raises InvalidDataset naming the difference."""
-        processing, vision = self.meta.image_processing, config.vision
-        pairs = {
-            "image_token_id": (self.meta.image_token_id, config.image_token_id),
-            "patch_size": (processing.patch_size, vision.patch_size),
-            "temporal_patch_size": (processing.temporal_patch_size, vision.temporal_patch_size),
-            "spatial_merge_size": (processing.merge_size, vision.spatial_merge_size),
-        }
-        for name, (ours, theirs) in pairs.items():
-            if ours != theirs:
-                raise InvalidDataset(f"the data set was made with {name}={ours}, the model has {theirs}", hint=_REMAKE)
-        largest = config.text.vocab_size - 1
-        if self.meta.vocab_size - 1 > largest:
-            raise InvalidDataset(
-                f"the data set has token ids up to {self.meta.vocab_size - 1}, the model up to {largest}", hint=_REMAKE
-            )
+        meta = self.meta
+        check_fits(
+            config,
+            image_token_id=meta.image_token_id,
+            vocab_size=meta.vocab_size,
+            image_processing=meta.image_processing,
+        )
 
     def _image_path(self, image: int) -> str:
         return self._paths[int(self._path_offsets[image]) : int(self._path_offsets[image + 1])].tobytes().decode()
@@ -178,6 +170,25 @@ class TokenisedDataset:
             running = np.concatenate(([0], np.cumsum(values[ends[0] : ends[-1]], dtype=np.int64)))
             sums[start : start + block] = np.diff(running[ends - ends[0]])
         return sums
+
+
+def check_fits(config: Config, *, image_token_id: int, vocab_size: int, image_processing: ImageProcessing) -> None:
+    """Refuse a model that tokens and patches are not made for; raises InvalidDataset naming the difference."""
+    vision = config.vision
+    pairs = {
+        "image_token_id": (image_token_id, config.image_token_id),
+        "patch_size": (image_processing.patch_size, vision.patch_size),
+        "temporal_patch_size": (image_processing.temporal_patch_size, vision.temporal_patch_size),
+        "spatial_merge_size": (image_processing.merge_size, vision.spatial_merge_size),
+    }
+    for name, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise InvalidDataset(f"{name} is {ours} for the data set, {theirs} for the model", hint=_REMAKE)
+    if vocab_size > config.text.vocab_size:
+        raise InvalidDataset(
+            f"the data set has token ids up to {vocab_size - 1}, the model up to {config.text.vocab_size - 1}",
+            hint=_REMAKE,
+        )
 
 
 def shifted_targets(input_ids: np.ndarray, trained: np.ndarray) -> IntArray:

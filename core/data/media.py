@@ -113,7 +113,9 @@ class ImageProcessing:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImageProcessing:
         """Build from JSON values; raises TypeError for an unknown key, ValueError for an impossible value."""
-        as_tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        as_tuples: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
         made = cls(**as_tuples)
         for field in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
             value = getattr(made, field)

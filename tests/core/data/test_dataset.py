@@ -78,7 +78,7 @@ class TestCheckModel:
         dataset = TokenisedDataset(dataset_dir)
         with pytest.raises(InvalidDataset, match="image_token_id"):
             dataset.check_model(replace(config, image_token_id=1))
-        with pytest.raises(InvalidDataset, match="patch_size=14, the model has 16"):
+        with pytest.raises(InvalidDataset, match="patch_size is 14 for the data set, 16 for the model"):
             dataset.check_model(replace(config, vision=replace(config.vision, patch_size=16)))
         with pytest.raises(InvalidDataset, match="the model up to 9"):
             dataset.check_model(replace(config, text=replace(config.text, vocab_size=10)))
