@@ -106,7 +106,8 @@ class TestOutcome:
 print("hello")
 for step in range(1, 4):
     emit(type="metric", step=step, values={"loss": 1.0 / step})
-emit(type="artifact", artifact_id="art_x", name="checkpoint", kind="mm_checkpoint", size_bytes=5, num_files=1, metadata={"a": 1}, parents=[])
+emit(type="artifact", artifact_id="art_x", name="checkpoint", kind="mm_checkpoint", size_bytes=5, num_files=1,
+     metadata={"a": 1}, parents=[])
 """
         )
         assert (job.state, job.error, job.latest_metrics["step"]) == ("succeeded", None, 3)
@@ -186,12 +187,19 @@ time.sleep(60)
 
     def test_the_whole_tree_dies_also_what_ignores_term_and_left_the_session(self, bench: Bench) -> None:
         process = bench.start(
-            """
+            '''
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-inner = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.setsid() if os.fork() == 0 else None; print(os.getpid(), flush=True); time.sleep(600)"
-subprocess.Popen([sys.executable, "-c", inner], start_new_session=True)
+inner = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    os.setsid()
+print(os.getpid(), flush=True)
 time.sleep(600)
 """
+subprocess.Popen([sys.executable, "-c", inner], start_new_session=True)
+time.sleep(600)
+'''
         )
         wait_until(lambda: bench.log().count(b"\n") == 2, timeout_s=20, what="both processes")
         pids = [int(line) for line in bench.log().split()]
