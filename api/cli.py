@@ -110,17 +110,21 @@ def serve(
 
 @app.command("api", rich_help_panel="Service")
 def serve_api(
+    context: typer.Context,
     host: Annotated[str | None, typer.Option(help="Address to bind to.", show_default="127.0.0.1")] = None,
     port: Annotated[int | None, typer.Option(help="Port.", show_default="8400")] = None,
 ) -> None:
     """Start the API alone (cluster mode; PostgreSQL and Redis by TEMPER_DATABASE_URL and TEMPER_BROKER_URL)."""
-    import_module("api.serve").run_api(host=host, port=port)
+    connection: Connection = context.obj
+    import_module("api.serve").run_api(home=connection.home, host=host, port=port)
 
 
 @app.command(rich_help_panel="Service")
-def worker() -> None:
-    """Start the worker of this host (cluster mode)."""
-    os.execv(sys.executable, [sys.executable, "-m", "worker"])  # noqa: S606  # api and worker import nothing of each other
+def worker(context: typer.Context) -> None:
+    """Start the worker of this host (cluster mode; the same settings as the API's)."""
+    connection: Connection = context.obj
+    environment = {**os.environ, "TEMPER_HOME": str(connection.home)}
+    os.execve(sys.executable, [sys.executable, "-m", "worker"], environment)  # noqa: S606  # api imports no worker
 
 
 @app.command(rich_help_panel="Service")
