@@ -1,6 +1,6 @@
 """Run a function on several ranks over gloo, in processes of this machine, and bring results and errors back.
 
-    results = run(body, 2, argument)      # body(rank, argument) -> anything that pickles; results[rank]
+results = run(body, 2, argument)      # body(rank, argument) -> anything that pickles; results[rank]
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def run(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 60) -
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("forkserver")  # torch is imported once, in the server, before it has any thread
         context.set_forkserver_preload(["torch", "torch.distributed", __name__])
-        processes = [context.Process(target=_main, args=(fn, rank, world, folder, timeout_s, args)) for rank in range(world)]
+        processes = [
+            context.Process(target=_main, args=(fn, rank, world, folder, timeout_s, args)) for rank in range(world)
+        ]
         for process in processes:
             process.start()
         for process in processes:
@@ -40,7 +42,9 @@ def run(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 60) -
             processes[rank].kill()
             processes[rank].join()
         outcomes = [_outcome(Path(folder), rank) for rank in range(world)]
-    errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error] + [f"rank {rank}: hung" for rank in hung]
+    errors = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error] + [
+        f"rank {rank}: hung" for rank in hung
+    ]
     if errors:
         raise RankFailed("\n".join(errors))
     return [result for _, result in outcomes]

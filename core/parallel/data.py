@@ -94,7 +94,9 @@ class FlatBuffer:
             work.wait()
 
 
-def all_reduce_rows(row: list[float], *, rank: int, world_size: int, group: ProcessGroup | None, device: torch.device) -> Tensor:
+def all_reduce_rows(
+    row: list[float], *, rank: int, world_size: int, group: ProcessGroup | None, device: torch.device
+) -> Tensor:
     """Give every rank everybody's few numbers, as a [world, n] table on the host, in one all-reduce.
 
     Each rank fills its own row of a zero table and the tables are summed: a NaN or infinity stays in the row of the rank that had it.

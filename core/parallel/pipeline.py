@@ -142,7 +142,9 @@ class _OneFOneB(Generic[Batch]):
         if send_forward is not None and after is not None:
             output = self.outputs[send_forward].detach().contiguous()
             expected = after.shape(self.batches[send_forward])
-            assert tuple(output.shape) == tuple(expected), f"stage output {tuple(output.shape)}, planned {tuple(expected)}"
+            assert tuple(output.shape) == tuple(expected), (
+                f"stage output {tuple(output.shape)}, planned {tuple(expected)}"
+            )
             ops += self._op(dist.isend, output, +1)
         if receive_backward is not None and after is not None and after.has_gradient:
             received = torch.empty_like(self.outputs[receive_backward], memory_format=torch.contiguous_format)
@@ -151,7 +153,9 @@ class _OneFOneB(Generic[Batch]):
             ops += self._op(dist.isend, send_backward[1].contiguous(), -1)
         if receive_forward is not None:
             if before is not None:
-                received = torch.empty(before.shape(self.batches[receive_forward]), dtype=self.pipe.dtype, device=self.pipe.device)
+                received = torch.empty(
+                    before.shape(self.batches[receive_forward]), dtype=self.pipe.dtype, device=self.pipe.device
+                )
                 ops += self._op(dist.irecv, received, -1)
             self.inputs.append(received)
 

@@ -39,7 +39,6 @@ SPARE_BYTES = 64 << 20
 """Left free beyond what a checkpoint needs."""
 
 
-
 class WriteWeights(Protocol):
     """Writes one rank's file of mm weights and returns its SHA-256."""
 
@@ -90,7 +89,9 @@ class Facts:
 class Checkpoints:
     """The checkpoints of one job, in one folder; `save` and `newest` are called by all ranks together."""
 
-    def __init__(self, folder: Path, mesh: Mesh, *, rank_folder: str, write_weights: WriteWeights, keep_last: int) -> None:
+    def __init__(
+        self, folder: Path, mesh: Mesh, *, rank_folder: str, write_weights: WriteWeights, keep_last: int
+    ) -> None:
         """`rank_folder` is this pipeline rank's `mp_rank_…`; `write_weights` writes a file of mm weights."""
         self.folder = folder
         self.mesh = mesh
@@ -111,7 +112,9 @@ class Checkpoints:
         with self._together():
             if self.mesh.dp_rank == 0:
                 folder = temporary / self.rank_folder
-                digests[f"{self.rank_folder}/{WEIGHTS_FILE}"] = self._write(folder, weights, state, facts.position.iteration)
+                digests[f"{self.rank_folder}/{WEIGHTS_FILE}"] = self._write(
+                    folder, weights, state, facts.position.iteration
+                )
         with self._together() as step:
             for told in step.gather(digests):
                 digests.update(told)
@@ -121,7 +124,11 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint; all ranks get rank 0's answer."""
         with self._together() as step:
-            found = next((path for path in reversed(self.kept()) if _is_complete(path)), None) if self.mesh.rank == 0 else None
+            found = (
+                next((path for path in reversed(self.kept()) if _is_complete(path)), None)
+                if self.mesh.rank == 0
+                else None
+            )
             return step.gather(found)[0]
 
     def kept(self) -> list[Path]:
@@ -148,7 +155,9 @@ class Checkpoints:
                 hint="free space there, lower checkpoint.keep_last, or set checkpoint.save_optim to false",
             )
 
-    def _write(self, folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any] | None, iteration: int) -> str:
+    def _write(
+        self, folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any] | None, iteration: int
+    ) -> str:
         """Write and sync this rank's files; return the digest of the weights."""
         folder.mkdir()
         digest = self.write_weights(folder / WEIGHTS_FILE, weights, iteration=iteration)

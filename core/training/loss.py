@@ -75,7 +75,9 @@ def loss_sum(
 ) -> tuple[Tensor, int]:
     """Return the sum of cross entropies and the number of targets, without gradients (evaluation)."""
     with torch.no_grad():
-        result = loss_and_gradient(hidden_TH.detach(), targets_T, target_positions(targets_T), logits, chunk_tokens=chunk_tokens)
+        result = loss_and_gradient(
+            hidden_TH.detach(), targets_T, target_positions(targets_T), logits, chunk_tokens=chunk_tokens
+        )
     return result.loss_sum, result.num_targets
 
 

@@ -65,11 +65,15 @@ class Optimizer:
         self.clip_grad = spec.clip_grad
         self.buffers = [FlatBuffer(named) for named in (decayed, plain) if named]
         decays = [spec.weight_decay] * bool(decayed) + [0.0] * bool(plain)
-        self.masters = [buffer.weights if buffer.weights.dtype == torch.float32 else buffer.weights.float() for buffer in self.buffers]
+        self.masters = [
+            buffer.weights if buffer.weights.dtype == torch.float32 else buffer.weights.float()
+            for buffer in self.buffers
+        ]
         self._adamw: torch.optim.AdamW | None = None
         if self.buffers:
             groups = [
-                {"params": [nn.Parameter(master)], "weight_decay": decay} for master, decay in zip(self.masters, decays, strict=True)
+                {"params": [nn.Parameter(master)], "weight_decay": decay}
+                for master, decay in zip(self.masters, decays, strict=True)
             ]
             fused = self.masters[0].device.type in ("cpu", "cuda")
             betas = (spec.adam_beta1, spec.adam_beta2)

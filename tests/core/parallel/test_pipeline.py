@@ -41,7 +41,9 @@ class Part(nn.Module):
 def samples(count: int) -> list[Sample]:
     generator = torch.Generator().manual_seed(7)
     sizes = [(i * 2) % 5 for i in range(count)]  # the first and every fifth are empty
-    return [Sample(torch.randn(n, WIDTH, generator=generator), torch.randn(2, WIDTH, generator=generator)) for n in sizes]
+    return [
+        Sample(torch.randn(n, WIDTH, generator=generator), torch.randn(2, WIDTH, generator=generator)) for n in sizes
+    ]
 
 
 def head(output: Tensor, batch: Sample) -> Tensor:

@@ -26,9 +26,7 @@ LAYOUTS = {
     "pp2 dp2": Case(llm=(2, 2), vit=(4, 0), micro_batches=(((0, 1), (2, 3)), ((4, 5), (6, 7)))),
     "pp2 text only": Case(llm=(0, 4), vit=(4, 0), micro_batches=(HALVES,), with_images=False),
     "pp2 tied": Case(llm=(2, 2), vit=(4, 0), micro_batches=(HALVES,), tied=True),
-    "pp3 dp2 tied": Case(
-        llm=(0, 2, 2), vit=(4, 0, 0), micro_batches=(((0, 1), (2, 3)), ((4, 5), (6, 7))), tied=True
-    ),
+    "pp3 dp2 tied": Case(llm=(0, 2, 2), vit=(4, 0, 0), micro_batches=(((0, 1), (2, 3)), ((4, 5), (6, 7))), tied=True),
 }
 FREEZES = {
     "nothing": NOTHING_FROZEN,
@@ -93,7 +91,9 @@ class TestAccumulation:
     def test_one_of_eight_equals_eight_of_one_equals_two_ranks_of_four(self) -> None:
         whole = one_step(0, Case(micro_batches=((ALL,),)))
         singles = one_step(0, Case(micro_batches=(tuple((row,) for row in ALL),)))
-        two_ranks = run(one_step, 2, Case(micro_batches=(tuple((row,) for row in HALVES[0]), tuple((row,) for row in HALVES[1]))))
+        two_ranks = run(
+            one_step, 2, Case(micro_batches=(tuple((row,) for row in HALVES[0]), tuple((row,) for row in HALVES[1])))
+        )
         for step in (singles, *two_ranks):
             assert step.loss == pytest.approx(whole.loss, rel=1e-6)
             for name, gradient in step.gradients.items():

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.conversion.mm import rank_dir, write_rank_file
+from core.data.loader import LoadedStep
+from core.data.plan import plan_step
 from core.device.cpu import CpuAccelerator
 from core.models.batch import PackedBatch
 from core.models.layers.recompute import Recompute
@@ -17,11 +23,14 @@ from core.models.plan import Stage, stages, whole
 from core.models.positions import mrope_positions
 from core.models.qwen2_5_vl.family import Config, TextConfig, VisionConfig
 from core.models.qwen2_5_vl.model import Qwen2_5_VLStage
+from core.parallel.data import all_reduce_rows
 from core.parallel.mesh import Mesh, build_mesh
 from core.specs.parallel import ParallelSpec
-from core.specs.training import FreezeSpec, OptimizerSpec
+from core.specs.training import FreezeSpec, OptimizerSpec, TrainingSpec
+from core.training.checkpoint import Checkpoints, Facts, Position
 from core.training.freeze import freeze
 from core.training.optimizer import Optimizer
+from core.training.trainer import Outcome, Trainer
 from core.training.wiring import Head, build_pipeline
 
 VOCAB = 96
@@ -99,9 +108,7 @@ def pack(rows: Sequence[Sample], config: Config) -> PackedBatch:
     """Pack rows end to end; pixels depend on the row alone."""
     targets, pixels = [], [torch.empty(0, PATCH_DIM)]
     for sample in rows:
-        learnt = [
-            token if position >= sample.num_prompt else -100 for position, token in enumerate(sample.input_ids)
-        ]
+        learnt = [token if position >= sample.num_prompt else -100 for position, token in enumerate(sample.input_ids)]
         targets += [*learnt[1:], -100]
         for t, h, w in sample.grids:
             pixels.append(torch.randn(t * h * w, PATCH_DIM, generator=torch.Generator().manual_seed(sample.row)))
@@ -176,7 +183,9 @@ class Rank:
         self.stage = self.stages[self.mesh.pp_rank]
         self.model: nn.Module = stage_model(self.config, self.stage)
         freeze(self.model, case.frozen)
-        self.optimizer = Optimizer(self.model, optimizer or SMOOTH.model_copy(update={"clip_grad": case.clip_grad}), self.mesh)
+        self.optimizer = Optimizer(
+            self.model, optimizer or SMOOTH.model_copy(update={"clip_grad": case.clip_grad}), self.mesh
+        )
         accelerator = CpuAccelerator()
         self.head = Head(self.model, accelerator.device)
         self.pipeline = build_pipeline(
@@ -184,8 +193,6 @@ class Rank:
         )
 
     def step(self) -> Step:
-        from core.parallel.data import all_reduce_rows
-
         case, mesh = self.case, self.mesh
         rows = samples(64, with_images=case.with_images)
         batches = [pack([rows[i] for i in part], self.config) for part in case.micro_batches[mesh.dp_rank]]
@@ -202,9 +209,7 @@ class Rank:
         }
         row = [sum(self.head.take()), self.optimizer.squared_norm()]
         device = torch.device("cpu")
-        table = all_reduce_rows(
-            row, rank=mesh.rank, world_size=mesh.world_size, group=mesh.world_group, device=device
-        )
+        table = all_reduce_rows(row, rank=mesh.rank, world_size=mesh.world_size, group=mesh.world_group, device=device)
         loss_sum, squared_norm = table.sum(0).tolist()
         norm = self.optimizer.step(learning_rate=1e-2, num_targets=num_targets, squared_norm=squared_norm)
         weights = {global_name(name, self.stage): tensor.clone() for name, tensor in self.model.state_dict().items()}
@@ -214,3 +219,120 @@ class Rank:
 def one_step(rank: int, case: Case) -> Step:
     """Run one step of a case as rank `rank`."""
     return Rank(case).step()
+
+
+class Notes:
+    """A reporter that keeps what it is told, and asks to stop after `stop_after` steps."""
+
+    def __init__(self, *, stop_after: int | None = None) -> None:
+        self.log = logging.getLogger("temper.test")
+        self.metrics: dict[int, dict[str, float]] = {}
+        self.warnings: list[tuple[str, str]] = []
+        self.stop_after = stop_after
+        self._steps = 0
+
+    def progress(self, done: float, total: float | None, unit: str) -> None:
+        """Forget it."""
+
+    def metric(self, step: int, **values: float) -> None:
+        """Keep it."""
+        self.metrics[step] = values
+
+    def warn(self, code: str, message: str) -> None:
+        """Keep it."""
+        self.warnings.append((code, message))
+
+    def should_stop(self) -> bool:
+        """Asked once per step."""
+        self._steps += 1
+        return self.stop_after is not None and self._steps >= self.stop_after
+
+
+def training_spec(**changes: object) -> TrainingSpec:
+    values: dict[str, object] = {
+        "model": {"path": "/nowhere"},
+        "dataset": {"path": "/nowhere"},
+        "parallel": {"llm_pp_layers": [[4]], "vit_pp_layers": [[4]]},
+        "train_iters": 6,
+        "global_batch_size": 4,
+        "optimizer": {"lr": 1e-2, "lr_warmup_fraction": 0},
+        "freeze": {"vision_encoder": False, "vision_projector": False},
+        "precision": "fp32",
+        **changes,
+    }
+    return TrainingSpec.model_validate(values)
+
+
+def make_trainer(rank: Rank, spec: TrainingSpec, folder: Path, notes: Notes) -> Trainer:
+    """A trainer of a case's rank; goes on from the newest checkpoint in `folder` as the runner does."""
+    mesh = rank.mesh
+    checkpoints = Checkpoints(
+        folder,
+        mesh,
+        rank_folder=Path(rank_dir("release", 0, mesh.pp_rank, mesh.pp_size)).name,
+        write_weights=write_rank_file,
+        keep_last=spec.checkpoint.keep_last,
+    )
+    facts = Facts(Position(), spec.parallel.layout.model_dump(mode="json"), spec.precision, spec.seed, "", True)
+    newest = checkpoints.newest()
+    if newest is not None:
+        facts = Facts.read(newest)
+        rank.model.load_state_dict(dict(checkpoints.load_weights(newest)))
+        if spec.checkpoint.save_optim:
+            rank.optimizer.load_state_dict(checkpoints.load_state(newest)["optimizer"])
+    return Trainer(
+        spec=spec,
+        mesh=mesh,
+        accelerator=CpuAccelerator(),
+        model=rank.model,
+        pipeline=rank.pipeline,
+        head=rank.head,
+        optimizer=rank.optimizer,
+        checkpoints=checkpoints,
+        facts=facts,
+        reporter=notes,
+    )
+
+
+def steps(trainer: Trainer, config: Config, *, num_rows: int = 10) -> Iterator[LoadedStep]:
+    """Endless steps over the samples from the trainer's position on, planned as in earnest."""
+    rows, mesh = samples(num_rows), trainer.mesh
+    lengths = np.array([len(row.input_ids) for row in rows])
+    consumed = trainer.facts.position.consumed_samples
+    while True:
+        plan = plan_step(
+            lengths,
+            np.zeros_like(lengths),
+            seed=trainer.spec.seed,
+            consumed_samples=consumed,
+            global_batch_size=trainer.spec.global_batch_size,
+            dp_size=mesh.dp_size,
+            token_budget=40,
+            min_micro_batches=mesh.pp_size,
+        )
+        consumed += len(plan.rows)
+        yield LoadedStep(
+            plan=plan,
+            num_samples=len(plan.rows),
+            num_tokens=int(lengths[list(plan.rows)].sum()),
+            num_targets=sum(len(rows[i].input_ids) - rows[i].num_prompt for i in plan.rows),
+            micro_batches=(pack([rows[i] for i in part], config) for part in plan.micro_batches[mesh.dp_rank]),
+        )
+
+
+def train(rank_number: int, case: Case, spec: TrainingSpec, folder: Path, *, stop_after: int | None = None) -> Trained:
+    """Train a case as rank `rank_number`, going on from what `folder` holds."""
+    rank, notes = Rank(case, spec.optimizer), Notes(stop_after=stop_after)
+    trainer = make_trainer(rank, spec, folder, notes)
+    outcome = trainer.train(steps(trainer, rank.config))
+    weights = {name: tensor.clone() for name, tensor in rank.model.state_dict().items()}
+    return Trained(outcome, notes.metrics, weights)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left."""
+
+    outcome: Outcome
+    metrics: dict[int, dict[str, float]]
+    weights: dict[str, Tensor]

@@ -1,0 +1,66 @@
+"""Averages between log lines, and the line."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from core.training.meters import Meters, log_line
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class TestMeters:
+    def test_averages_over_the_steps_since_the_last_reading(self) -> None:
+        clock = Clock()
+        meters = Meters(clock)
+        for loss in (2.0, 4.0):
+            clock.now += 0.5
+            meters.add(loss=loss, num_tokens=100)
+        reading = meters.read()
+        assert (reading.loss, reading.step_time_ms, reading.tokens_per_second) == (3.0, 500.0, 200.0)
+        clock.now += 0.25
+        meters.add(loss=1.0, num_tokens=10)
+        assert meters.read().step_time_ms == 250.0
+
+    def test_a_skipped_step_counts_in_time_and_not_in_loss(self) -> None:
+        meters = Meters(Clock())
+        meters.add(loss=math.nan, num_tokens=1)
+        meters.add(loss=5.0, num_tokens=1)
+        reading = meters.read()
+        assert (reading.loss, reading.num_skipped) == (5.0, 1)
+
+    def test_writing_a_checkpoint_is_not_training_time(self) -> None:
+        clock = Clock()
+        meters = Meters(clock)
+        clock.now += 3
+        meters.paused(2.0)
+        meters.add(loss=1.0, num_tokens=10)
+        assert meters.read().step_time_ms == 1000.0
+
+
+class TestLogLine:
+    def test_is_the_usual_line(self) -> None:
+        line = log_line(
+            iteration=100, train_iters=10000, consumed_samples=800, step_time_ms=1250.51, learning_rate=1e-5,
+            global_batch_size=8, loss=2.345, grad_norm=1.234,
+        )  # fmt: skip
+        assert line == (
+            "iteration 100/10000 | consumed samples 800 | elapsed time per iteration (ms) 1250.5 | "
+            "learning rate 1.000E-05 | global batch size 8 | loss 2.345 | grad norm 1.234"
+        )
+
+    @pytest.mark.parametrize(("loss", "shown"), [(0.00012345, "1.234E-04"), (0.0, "0.000"), (math.nan, "nan")])
+    def test_a_small_loss_does_not_read_zero(self, loss: float, shown: str) -> None:
+        line = log_line(
+            iteration=1, train_iters=1, consumed_samples=1, step_time_ms=1, learning_rate=0, global_batch_size=1,
+            loss=loss, grad_norm=1,
+        )  # fmt: skip
+        assert f"| loss {shown} |" in line

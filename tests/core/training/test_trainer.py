@@ -1,0 +1,167 @@
+"""The loop: it learns, stops, skips, and goes on exactly where it was."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.errors import NonFiniteLoss
+from core.training.trainer import MAX_SKIPPED, Outcome
+from tests.core.training.tiny import Case, Notes, Rank, Trained, make_trainer, steps, train, training_spec
+from tests.distributed import run
+
+ONE = Case()
+PP2_DP2 = Case(llm=(2, 2), vit=(4, 0), micro_batches=(((0,),), ((1,),)), tied=True)
+PP2_DP2_SPEC: dict[str, Any] = {
+    "parallel": {"llm_pp_layers": [[2, 2]], "vit_pp_layers": [[4, 0]], "nproc_per_node": 4},
+}
+
+
+def equal(first: Trained, second: Trained) -> bool:
+    return all(torch.equal(tensor, second.weights[name]) for name, tensor in first.weights.items())
+
+
+class TestLearning:
+    def test_a_tiny_training_lowers_the_loss(self, tmp_path: Path) -> None:
+        trained = train(0, ONE, training_spec(train_iters=40), tmp_path)
+        losses = [values["loss"] for values in trained.metrics.values()]
+        assert losses[0] > 4
+        assert losses[-1] < losses[0] / 2
+
+    def test_metrics_have_the_names_of_the_contract(self, tmp_path: Path) -> None:
+        trained = train(0, ONE, training_spec(train_iters=2), tmp_path)
+        assert list(trained.metrics) == [1, 2]
+        assert set(trained.metrics[1]) == {
+            "loss", "learning_rate", "grad_norm", "step_time_ms", "tokens_per_second", "tokens_per_second_per_device",
+            "consumed_samples", "memory_peak_bytes",
+        }  # fmt: skip
+        assert trained.metrics[2]["consumed_samples"] == 8
+
+    def test_the_log_interval_averages_the_loss(self, tmp_path: Path) -> None:
+        each = train(0, ONE, training_spec(train_iters=4), tmp_path / "each")
+        pairs = train(0, ONE, training_spec(train_iters=4, log_interval=2), tmp_path / "pairs")
+        assert list(pairs.metrics) == [2, 4]
+        assert pairs.metrics[2]["loss"] == pytest.approx((each.metrics[1]["loss"] + each.metrics[2]["loss"]) / 2)
+
+
+class TestResume:
+    @pytest.mark.parametrize("stop_after", [1, 4])
+    def test_stopping_and_going_on_equals_never_stopping_bit_for_bit(self, tmp_path: Path, stop_after: int) -> None:
+        spec = training_spec(optimizer={"lr": 1e-2, "lr_warmup_fraction": 0.5, "weight_decay": 0.1})
+        straight = train(0, ONE, spec, tmp_path / "straight")
+        first = train(0, ONE, spec, tmp_path / "broken", stop_after=stop_after)
+        assert first.outcome is Outcome.STOPPED
+        assert list(first.metrics) == list(range(1, stop_after + 1))
+        second = train(0, ONE, spec, tmp_path / "broken")
+        assert second.outcome is Outcome.FINISHED
+        assert list(second.metrics) == list(range(stop_after + 1, 7))
+        assert equal(second, straight)
+        assert second.metrics[6]["loss"] == straight.metrics[6]["loss"]
+
+    def test_it_holds_on_a_pipeline_with_data_parallel_and_tied_embeddings(self, tmp_path: Path) -> None:
+        spec = training_spec(**PP2_DP2_SPEC, train_iters=4, checkpoint={"save_interval": 2})
+        straight = run(train, 4, PP2_DP2, spec, tmp_path / "straight")
+        run(stopped, 4, PP2_DP2, spec, tmp_path / "broken", 3)
+        resumed = run(train, 4, PP2_DP2, spec, tmp_path / "broken")
+        assert all(equal(a, b) for a, b in zip(resumed, straight, strict=True))
+        assert equal(straight[0], straight[1])  # replicas
+
+    def test_without_optimizer_state_only_weights_and_position_go_on(self, tmp_path: Path) -> None:
+        spec = training_spec(checkpoint={"save_optim": False}, train_iters=4)
+        train(0, ONE, spec, tmp_path, stop_after=2)
+        assert not list(tmp_path.rglob("temper_optim.pt"))
+        assert list(train(0, ONE, spec, tmp_path).metrics) == [3, 4]
+
+
+class TestStop:
+    def test_one_rank_that_is_asked_to_stop_stops_all_in_the_same_iteration(self, tmp_path: Path) -> None:
+        spec = training_spec(**PP2_DP2_SPEC)
+        results = run(stopped, 4, PP2_DP2, spec, tmp_path, 2)
+        assert {trained.outcome for trained in results} == {Outcome.STOPPED}
+        assert {max(trained.metrics) for trained in results} == {2}
+        assert (tmp_path / "iter_0000002" / "mp_rank_00_001" / "model_optim_rng.pt").is_file()
+
+    def test_a_stop_in_the_last_iteration_finishes(self, tmp_path: Path) -> None:
+        assert train(0, ONE, training_spec(train_iters=2), tmp_path, stop_after=2).outcome is Outcome.FINISHED
+
+
+def stopped(rank: int, case: Case, spec: Any, folder: Path, after: int) -> Trained:
+    """Only the last rank is asked to stop."""
+    return train(rank, case, spec, folder, stop_after=after if rank == case.world_size - 1 else None)
+
+
+class TestNotFinite:
+    def test_a_bad_step_is_skipped_and_names_its_rows(self, tmp_path: Path) -> None:
+        rank, notes = Rank(ONE), Notes()
+        trainer = make_trainer(rank, training_spec(train_iters=3), tmp_path, notes)
+        before = {name: tensor.clone() for name, tensor in rank.model.state_dict().items()}
+        bad = Poison(rank, at_step=0)
+        trainer.head = rank.pipeline.head = bad  # type: ignore[assignment]
+        loaded = steps(trainer, rank.config)
+        trainer.spec = training_spec(train_iters=1)
+        trainer.train(loaded)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in rank.model.state_dict().items())
+        assert notes.warnings[0][0] == "skipped_step"
+        assert f"in rows {', '.join(map(str, bad.rows))}" in notes.warnings[0][1]
+        assert math.isnan(notes.metrics[1]["loss"])
+        trainer.spec = training_spec(train_iters=3)
+        trainer.train(loaded)
+        assert math.isfinite(notes.metrics[2]["loss"])
+        assert not all(torch.equal(tensor, before[name]) for name, tensor in rank.model.state_dict().items())
+
+    def test_too_many_in_a_row_fail_the_job(self, tmp_path: Path) -> None:
+        rank, notes = Rank(ONE), Notes()
+        trainer = make_trainer(rank, training_spec(train_iters=100), tmp_path, notes)
+        rank.model.load_state_dict({name: tensor * math.nan for name, tensor in rank.model.state_dict().items()})
+        with pytest.raises(NonFiniteLoss, match=f"{MAX_SKIPPED} steps in a row"):
+            trainer.train(steps(trainer, rank.config))
+
+    def test_a_gradient_alone_that_is_not_finite_names_the_rank(self, tmp_path: Path) -> None:
+        rank, notes = Rank(ONE), Notes()
+        trainer = make_trainer(rank, training_spec(train_iters=1), tmp_path, notes)
+        reduce = rank.optimizer.reduce_gradients
+
+        def overflow() -> None:
+            reduce()
+            rank.optimizer.buffers[0].gradients[0] = math.inf
+
+        rank.optimizer.reduce_gradients = overflow  # type: ignore[method-assign]
+        trainer.train(steps(trainer, rank.config))
+        assert "the gradient is not finite on rank 0" in notes.warnings[0][1]
+
+    def test_every_rank_skips_when_one_has_a_bad_loss(self, tmp_path: Path) -> None:
+        for warnings in run(poisoned, 2, tmp_path):
+            assert "on rank 1 in rows" in warnings[0][1]
+
+
+class Poison:
+    """The head, with a NaN in the first micro-batch of one step."""
+
+    def __init__(self, rank: Rank, *, at_step: int) -> None:
+        self.head, self.at_step, self.step, self.rows = rank.head, at_step, 0, ()
+
+    def __call__(self, hidden_TH: torch.Tensor, batch: Any) -> torch.Tensor | None:
+        gradient = self.head(hidden_TH, batch)
+        if self.step == self.at_step and len(self.head.losses) == 1:
+            self.head.losses[0] = self.head.losses[0] * math.nan
+            self.rows = batch.rows
+        return gradient
+
+    def take(self) -> list[float]:
+        self.step += 1
+        return self.head.take()
+
+
+def poisoned(rank_number: int, folder: Path) -> list[tuple[str, str]]:
+    case = Case(micro_batches=(((0,),), ((1,),)))
+    spec = training_spec(train_iters=1, parallel={"llm_pp_layers": [[4]], "vit_pp_layers": [[4]], "nproc_per_node": 2})
+    rank, notes = Rank(case), Notes()
+    trainer = make_trainer(rank, spec, folder, notes)
+    if rank_number == 1:
+        trainer.head = rank.pipeline.head = Poison(rank, at_step=0)  # type: ignore[assignment]
+    trainer.train(steps(trainer, rank.config))
+    return notes.warnings
