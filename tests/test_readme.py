@@ -1,0 +1,70 @@
+"""What the README says exists: commands, settings, and specs that the service accepts.
+
+`python -m tests.test_readme` writes the table of settings.
+"""
+
+import json
+import re
+
+import pytest
+import yaml
+from pydantic_core import PydanticUndefined
+
+from api.cli import app
+from core.settings import Settings
+from core.specs import SPECS
+from tests.services import REPOSITORY
+
+README = REPOSITORY / "README.md"
+_TABLE = re.compile(r"(<!-- settings:.*?-->\n).*?(<!-- /settings -->)", re.DOTALL)
+
+
+def settings_table() -> str:
+    lines = ["| variable | default | what |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = "host name" if name == "node_name" else "" if field.default in (None, ()) else f"`{field.default}`"
+        assert field.default is not PydanticUndefined or name == "node_name"
+        assert field.description, f"setting {name} has no description"
+        lines.append(f"| `TEMPER_{name.upper()}` | {default} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def cli_commands() -> set[str]:
+    named = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
+    return named | {str(group.name) for group in app.registered_groups}
+
+
+class TestReadme:
+    def test_the_table_of_settings_is_up_to_date(self) -> None:
+        found = _TABLE.search(README.read_text())
+        assert found
+        assert found[0] == f"{found[1]}{settings_table()}{found[2]}", "run: python -m tests.test_readme"
+
+    def test_every_command_shown_exists(self) -> None:
+        shown = set(re.findall(r"(?:^|\s|`)temper ([a-z]+)", README.read_text()))
+        assert {"serve", "api", "worker", "submit", "doctor"} <= shown <= cli_commands()
+
+    def test_every_make_target_shown_exists(self) -> None:
+        targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+        assert set(re.findall(r"`?\bmake ([a-z]+)(?: +#|`| TORCH)", README.read_text())) <= targets
+
+    def test_every_variable_named_is_a_setting_or_the_clients(self) -> None:
+        names = {f"TEMPER_{name.upper()}" for name in Settings.model_fields} | {"TEMPER_URL", "TEMPER_API_KEY"}
+        assert set(re.findall(r"TEMPER_[A-Z_]+", README.read_text())) <= names
+
+    def test_the_jobs_of_the_tour_are_accepted(self) -> None:
+        (text,) = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
+        jobs = list(yaml.safe_load_all(text))
+        assert [job["kind"] for job in jobs] == ["conversion", "dataset", "training", "evaluation", "conversion"]
+        for job in jobs:
+            spec = re.sub(r'"\$\w+"', '"job_01k0a2b3c4d5e6f7g8h9j0kmnp"', json.dumps(job["spec"]))
+            SPECS[job["kind"]].model_validate_json(spec)
+
+    @pytest.mark.parametrize("body", re.findall(r"-d '(\{.*?\})'", README.read_text(), re.DOTALL))
+    def test_the_bodies_of_the_curl_examples_are_accepted(self, body: str) -> None:
+        job = json.loads(body)
+        SPECS[job["kind"]].model_validate_json(json.dumps(job["spec"]))
+
+
+if __name__ == "__main__":
+    README.write_text(_TABLE.sub(lambda found: found[1] + settings_table() + found[2], README.read_text()))
