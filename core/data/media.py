@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -235,8 +236,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _opened(path: Path) -> Image.Image:
     """Read the header; raises ImageError when the file is missing, no known image, or too large to decode."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, for ever
+            raise ImageError("unreadable_image", "not a regular file")
         image = Image.open(path, formats=FORMATS)
-    except FileNotFoundError:
+    except ImageError:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
         raise ImageError("missing_image", "the file does not exist") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("image_too_large", str(error)) from error
