@@ -1,0 +1,194 @@
+"""Answers questions with a model, and measures its loss on rows of a data set.
+
+A question is a held-out row up to its last answer, or a prompt of the user's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from core.data.dataset import NO_TARGET, Row, TokenisedDataset
+from core.data.formats import IMAGE, Message
+from core.data.loader import build_batch
+from core.data.media import ImageError, ImageProcessing, UnreadableImage
+from core.data.template import ChatTemplate
+from core.inference.generate import Decoding, Prompt, generate, plan_batches
+from core.models.qwen2_5_vl.model import Qwen2_5_VLStage
+
+TOKEN_BUDGET = 16384
+"""Cache slots of one batch of questions, and tokens of one batch of rows whose loss is measured."""
+PATCH_BUDGET = 16384
+LOSS_CHUNK_TOKENS = 1024
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, as tokens for the model and as text for people."""
+
+    input_ids: tuple[int, ...]
+    """The turns before the answer and the header of the answer."""
+    images: tuple[Path, ...]
+    grid_thw: tuple[Grid, ...]
+    messages: tuple[Message, ...]
+    reference: str | None
+    """The answer that the data set gives; None for a user's own prompt."""
+    row: int | None
+    """Row number in the user's annotation file, from 1; None for a user's own prompt."""
+
+    @property
+    def num_patches(self) -> int:
+        return sum(t * h * w for t, h, w in self.grid_thw)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said."""
+
+    text: str
+    num_tokens: int
+    finished: bool
+    """False when `max_new_tokens` cut it off."""
+
+
+def held_out_questions(dataset: TokenisedDataset, *, max_samples: int | None = None) -> list[Question]:
+    """The rows of a split, each with its last assistant turn as the reference."""
+    count = len(dataset) if max_samples is None else min(max_samples, len(dataset))
+    with (dataset.path / f"{dataset.split}.jsonl").open(encoding="utf-8") as lines:
+        return [_held_out(dataset.row(index), json.loads(next(lines))["messages"]) for index in range(count)]
+
+
+def own_question(text: str, images: Sequence[Path], template: ChatTemplate, processing: ImageProcessing) -> Question:
+    """A user's prompt as one turn; images without a placeholder in the text come before it. Raises UnreadableImage."""
+    missing = len(images) - text.count(IMAGE)
+    messages = (Message("user", IMAGE * missing + text),)
+    grids = [_load(path, processing)[1] for path in images]
+    input_ids = template.encode_prompt(messages, [processing.num_tokens(grid) for grid in grids])
+    return Question(tuple(input_ids), tuple(images), tuple(grids), messages, None, None)
+
+
+def answer(
+    model: Qwen2_5_VLStage,
+    questions: Sequence[Question],
+    decoding: Decoding,
+    *,
+    template: ChatTemplate,
+    processing: ImageProcessing,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda _: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Answer]:
+    """Answer every question; `progress` gets how many more are done. Raises UnreadableImage.
+
+    Images of a batch are decoded while the one before is being answered. After `should_stop` the rest stays empty.
+    """
+    answers = [Answer("", 0, finished=False)] * len(questions)
+    generator = torch.Generator().manual_seed(seed)
+    batches = plan_batches(
+        [len(question.input_ids) for question in questions],
+        [question.num_patches for question in questions],
+        max_new_tokens=decoding.max_new_tokens,
+        token_budget=TOKEN_BUDGET,
+        patch_budget=PATCH_BUDGET,
+    )
+    with ThreadPoolExecutor(1, thread_name_prefix="images") as pool:
+        upcoming = iter(batches)
+        first = next(upcoming, None)
+        ahead = None if first is None else (first, pool.submit(_prompts, questions, first, processing))
+        while ahead is not None and not should_stop():
+            batch, future = ahead
+            prompts = future.result()
+            following = next(upcoming, None)
+            ahead = None if following is None else (following, pool.submit(_prompts, questions, following, processing))
+            tokens = generate(model, prompts, decoding, generator=generator, should_stop=should_stop)
+            for index, ids in zip(batch, tokens, strict=True):
+                finished = len(ids) < decoding.max_new_tokens
+                answers[index] = Answer(template.decode(ids).strip(), len(ids), finished)
+            progress(len(batch))
+    return answers
+
+
+def mean_loss(
+    model: Qwen2_5_VLStage,
+    dataset: TokenisedDataset,
+    *,
+    max_samples: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> float:
+    """Cross entropy per target token over the rows of a split: what training minimises, on rows it did not see."""
+    total, count = 0.0, 0
+    for rows in _row_batches(dataset, max_samples):
+        if should_stop():
+            break
+        batch = build_batch(
+            [dataset.row(row) for row in rows], model.config, processing=dataset.meta.image_processing
+        ).to(model.accelerator.device)
+        with torch.no_grad():
+            hidden_TH = model(batch)
+            positions_N = (batch.targets_T != NO_TARGET).nonzero().squeeze(1)
+            for positions_C in positions_N.split(LOSS_CHUNK_TOKENS):
+                logits_CV = model.logits(hidden_TH[positions_C]).float()
+                total += F.cross_entropy(logits_CV, batch.targets_T[positions_C], reduction="sum").item()
+            count += len(positions_N)
+    return total / max(count, 1)
+
+
+def _held_out(row: Row, messages: Sequence[dict[str, Any]]) -> Question:
+    learnt = np.flatnonzero(row.targets != NO_TARGET)
+    breaks = np.flatnonzero(np.diff(learnt) > 1)
+    start = int(learnt[breaks[-1] + 1] if len(breaks) else learnt[0]) + 1
+    *asked, reference = (Message(**message) for message in messages)
+    return Question(
+        input_ids=tuple(row.input_ids[:start].tolist()),
+        images=row.images,
+        grid_thw=row.grid_thw,
+        messages=tuple(asked),
+        reference=reference.content,
+        row=row.source_row,
+    )
+
+
+def _prompts(questions: Sequence[Question], batch: Sequence[int], processing: ImageProcessing) -> list[Prompt]:
+    return [_prompt(questions[index], processing) for index in batch]
+
+
+def _prompt(question: Question, processing: ImageProcessing) -> Prompt:
+    pixels = [np.empty((0, processing.patch_dim), np.float32)]
+    for path, expected in zip(question.images, question.grid_thw, strict=True):
+        values, grid = _load(path, processing)
+        if grid != expected:
+            raise UnreadableImage(f"image {path} now gives the grid {grid}, expected {expected}: the file has changed")
+        pixels.append(values)
+    return Prompt(question.input_ids, torch.from_numpy(np.concatenate(pixels)), question.grid_thw)
+
+
+def _load(path: Path, processing: ImageProcessing) -> tuple[np.ndarray, Grid]:
+    try:
+        return processing.load(path)
+    except ImageError as error:
+        raise UnreadableImage(f"image {path}: {error}") from error
+
+
+def _row_batches(dataset: TokenisedDataset, max_samples: int | None) -> Iterator[list[int]]:
+    """Rows in order, as many at a time as the budgets allow, at least one."""
+    batch: list[int] = []
+    tokens = patches = 0
+    for row in range(len(dataset) if max_samples is None else min(max_samples, len(dataset))):
+        more_tokens, more_patches = int(dataset.lengths[row]), int(dataset.patches[row])
+        if batch and (tokens + more_tokens > TOKEN_BUDGET or patches + more_patches > PATCH_BUDGET):
+            yield batch
+            batch, tokens, patches = [], 0, 0
+        batch.append(row)
+        tokens, patches = tokens + more_tokens, patches + more_patches
+    if batch:
+        yield batch
