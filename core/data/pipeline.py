@@ -402,6 +402,7 @@ class _Pool:
             except BrokenProcessPool:
                 lost = [chunk, *(waiting for waiting, _ in in_flight)]
                 in_flight.clear()
+                self._restart()
                 for record in itertools.chain.from_iterable(lost):
                     yield self._alone(record)
 

@@ -135,6 +135,13 @@ class TestProbeSize:
             probe_size(tmp_path / "absent.jpg")
         assert caught.value.code == "missing_image"
 
+    def test_a_pipe_or_folder_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe.jpg")
+        (tmp_path / "folder.jpg").mkdir()
+        for name in ("pipe.jpg", "folder.jpg"):
+            with pytest.raises(ImageError, match="not a regular file"):
+                probe_size(tmp_path / name)
+
     @pytest.mark.parametrize(
         "content", [b"", b"hello", b"\xff\xd8\xff", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\x89PNG\r\n\x1a\n"]
     )
