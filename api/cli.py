@@ -374,12 +374,13 @@ def list_keys(context: typer.Context) -> None:
 @keys_app.command("create")
 def create_key(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+    name: Annotated[str, typer.Argument(help="What it is for.")],
+    user: Annotated[str | None, typer.Option(help="Whose it is; jobs belong to users. Yours if absent.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="May manage keys and see every job.")] = False,
 ) -> None:
     """Make a key and print it, this once."""
     with _client(context) as client:
-        _print_json(client.create_key(name, role="admin" if admin else "user").model_dump())
+        _print_json(client.create_key(name, user=user, role="admin" if admin else "user").model_dump())
 
 
 @keys_app.command("delete")

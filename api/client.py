@@ -116,6 +116,8 @@ class Artifact(Resource):
     id: str
     kind: str
     name: str | None = None
+    size_bytes: int = 0
+    num_files: int = 0
     files: list[FileEntry] = []
     metadata: dict[str, Any] = {}
     created_at: str | None = None
@@ -128,6 +130,7 @@ class Upload(Resource):
 
 class Key(Resource):
     id: str
+    user: str | None = None
     name: str | None = None
     role: str
     key: str | None = None
@@ -359,7 +362,7 @@ class Client:
         if resume:
             upload = self._get(Upload, f"/v1/uploads/{resume}")
         else:
-            body = _without_none(kind=kind, name=name, filename=source.filename, size=source.size)
+            body = _without_none(kind=kind, name=name, filename=source.filename, size_bytes=source.size)
             upload = self._post(Upload, "/v1/uploads", body)
         on_start(upload.id)
         digest = self._send(source, upload, chunk_bytes=chunk_bytes, on_bytes=on_bytes)
@@ -395,8 +398,9 @@ class Client:
     def api_keys(self) -> Iterator[Key]:
         return self._pages(Key, "/v1/keys")
 
-    def create_key(self, name: str, *, role: str = "user") -> Key:
-        return self._post(Key, "/v1/keys", {"name": name, "role": role})
+    def create_key(self, name: str, *, user: str | None = None, role: str = "user") -> Key:
+        """A new key, ours or another user's; its secret is in this answer only."""
+        return self._post(Key, "/v1/keys", _without_none(name=name, user=user, role=role))
 
     def delete_key(self, key_id: str) -> None:
         self._request("DELETE", f"/v1/keys/{key_id}")

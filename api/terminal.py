@@ -105,8 +105,8 @@ def job_details(job: Job) -> Table:
 def artifacts_table(artifacts: Iterable[Artifact]) -> Table:
     table = Table("id", "kind", "name", "size", "created", box=None, pad_edge=False)
     for artifact in artifacts:
-        size = getattr(artifact, "size", None) or sum(entry.size for entry in artifact.files)
-        table.add_row(artifact.id, artifact.kind, escape(artifact.name or ""), decimal(size), age(artifact.created_at))
+        size = decimal(artifact.size_bytes)
+        table.add_row(artifact.id, artifact.kind, escape(artifact.name or ""), size, age(artifact.created_at))
     return table
 
 
