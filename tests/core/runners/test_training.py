@@ -1,0 +1,354 @@
+"""The training kind from inputs on disk to published artifacts, in one process and under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core.conversion.convert import hf_to_mm
+from core.data.dataset import TokenisedDataset, TokenWriter
+from core.data.media import ImageProcessing
+from core.data.plan import plan_step
+from core.errors import AppError, CorruptCheckpoint, IncompatiblePlan, InvalidDataset, InvalidSpec, UnknownWeights
+from core.models.hf_folder import inspect_hf_folder
+from core.models.mm_folder import inspect_mm_folder
+from core.models.qwen2_5_vl.family import Config
+from core.runners import training
+from core.runners.context import InputArtifact, RunContext, Stopped
+from core.specs.parallel import ParallelSpec
+from core.specs.training import TrainingSpec
+from core.storage.local import Store
+from tests.tiny import TinyShape, tiny_model
+
+WHOLE = {"llm_pp_layers": [[2]], "vit_pp_layers": [[2]]}
+SPLIT = {"llm_pp_layers": [[0, 2]], "vit_pp_layers": [[2, 0]]}
+NUM_ROWS = 6
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def hf_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("hf"), shape=TinyShape(tied=request.param))
+
+
+@pytest.fixture(scope="module")
+def untied_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("untied"))
+
+
+def write_dataset(folder: Path, config: Config) -> Path:
+    """Rows of random text, every other one with an image."""
+    processing = ImageProcessing()
+    random = np.random.default_rng(5)
+    (folder / "media").mkdir(parents=True)
+    with TokenWriter(folder) as writer:
+        for row in range(NUM_ROWS):
+            ids, images, grids = [1, 2], [], []
+            if row % 2 == 0:
+                width, height = 56 + 28 * row, 60
+                Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(folder / f"media/{row}.png")
+                images, grids = [f"{row}.png"], [processing.grid(height, width)]
+                ids += [config.vision_start_token_id]
+                ids += [config.image_token_id] * processing.num_tokens(grids[0]) + [config.vision_end_token_id]
+            ids += random.integers(0, 100, 6).tolist()
+            trained = np.zeros(len(ids), np.uint8)
+            trained[-4:] = 1
+            writer.add(np.array(ids), trained, images=images, grids=grids, source_row=row + 1)
+        writer.finish(
+            train=list(range(NUM_ROWS)),
+            validation=[],
+            media_root=folder / "media",
+            vocab_size=config.text.vocab_size,
+            tokenizer_digest="",
+            image_token_id=config.image_token_id,
+            pad_token_id=0,
+            image_processing=processing,
+        )
+    return folder
+
+
+class Bench:
+    """A store with inputs, in which attempts of one job are run."""
+
+    def __init__(self, root: Path, model_dir: Path) -> None:
+        self.store = Store(root / "store")
+        folder = inspect_hf_folder(model_dir)
+        self.config = folder.config
+        self.model = InputArtifact(None, "hf_model", model_dir, folder.metadata)
+        self.dataset = InputArtifact(None, "dataset", write_dataset(root / "dataset", folder.config), {})
+        self.root = root
+
+    def use_mm(self, **parallel: Any) -> None:
+        """Give the model in mm layout."""
+        layout = ParallelSpec.model_validate(parallel)
+        folder = inspect_hf_folder(self.model.path)
+        hf_to_mm(folder, self.root / "mm", layout)
+        metadata = {"family": "qwen2_5_vl", "config": folder.config_json, "parallel": layout.model_dump(mode="json")}
+        self.model = InputArtifact(None, "mm_checkpoint", self.root / "mm", metadata)
+
+    def context(self, spec: TrainingSpec, *, job: str = "job_a", attempt: int = 1, **inputs: InputArtifact) -> RunContext:
+        attempt_dir = self.store.attempt_dir(job, attempt)
+        attempt_dir.mkdir(parents=True)
+        return RunContext(
+            job_id=job,
+            attempt=attempt,
+            kind="training",
+            spec=spec,
+            inputs={"model": self.model, "dataset": self.dataset, **inputs},
+            job_dir=self.store.job_dir(job),
+            attempt_dir=attempt_dir,
+            store=self.store,
+        )
+
+    def torchrun(self, spec: TrainingSpec, world_size: int, *, job: str = "job_a") -> subprocess.CompletedProcess[str]:
+        attempt_dir = self.store.attempt_dir(job, 1)
+        attempt_dir.mkdir(parents=True)
+        inputs = {
+            name: {"artifact_id": None, "kind": item.kind, "path": str(item.path), "metadata": item.metadata}
+            for name, item in {"model": self.model, "dataset": self.dataset}.items()
+        }
+        (attempt_dir / "job.json").write_text(
+            json.dumps(
+                {
+                    "job_id": job, "attempt": 1, "kind": "training", "spec": spec.model_dump(mode="json"),
+                    "inputs": inputs, "store": str(self.store.root), "device": "cpu",
+                }
+            )
+        )  # fmt: skip
+        options = ["--standalone", "--local-addr=localhost", f"--nproc-per-node={world_size}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "core.runners", str(attempt_dir)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
+
+    def events(self, kind: str, *, job: str = "job_a", attempt: int = 1) -> list[dict[str, Any]]:
+        lines = (self.store.attempt_dir(job, attempt) / "events.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["type"] == kind]
+
+    def losses(self, *, job: str = "job_a", attempt: int = 1) -> list[float]:
+        return [event["values"]["loss"] for event in self.events("metric", job=job, attempt=attempt)]
+
+    def outputs(self, *, job: str = "job_a", attempt: int = 1) -> dict[str, Path]:
+        events = self.events("artifact", job=job, attempt=attempt)
+        return {event["name"]: self.store.files_dir(event["artifact_id"]) for event in events}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, untied_dir: Path) -> Iterator[Bench]:
+    yield Bench(tmp_path, untied_dir)
+
+
+def training_spec(parallel: dict[str, Any] | None = None, **changes: Any) -> TrainingSpec:
+    values: dict[str, Any] = {
+        "model": {"path": "/m"},
+        "dataset": {"path": "/d"},
+        "parallel": parallel or WHOLE,
+        "train_iters": 4,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "seq_length": 64,
+        "optimizer": {"lr": 1e-3, "lr_warmup_fraction": 0.0},
+        "freeze": {"vision_encoder": False, "vision_projector": False},
+        "precision": "fp32",
+        "checkpoint": {"save_interval": 2},
+        **changes,
+    }
+    return TrainingSpec.model_validate(values)
+
+
+class TestRun:
+    def test_publishes_the_final_checkpoint_and_the_kept_ones(self, bench: Bench) -> None:
+        training.run(bench.context(spec := training_spec()), spec)
+        outputs = bench.outputs()
+        assert set(outputs) == {"checkpoint", "checkpoint-0000002"}
+        final = inspect_mm_folder(outputs["checkpoint"], ParallelSpec.model_validate(WHOLE))
+        assert final.iteration == 4
+        assert (outputs["checkpoint"] / "hf" / "tokenizer.json").is_file()
+        manifest = bench.store.manifest(outputs["checkpoint"].parent.name)
+        assert manifest.kind == "mm_checkpoint"
+        assert {name: manifest.metadata[name] for name in ("family", "parallel", "canonical", "dtype", "iteration")} == {
+            "family": "qwen2_5_vl", "parallel": {"tp_size": 1, **WHOLE}, "canonical": False, "dtype": "float32",
+            "iteration": 4,
+        }  # fmt: skip
+
+    def test_tells_metrics_progress_and_what_is_trained(self, bench: Bench) -> None:
+        spec = training_spec(freeze={"vision_encoder": True, "vision_projector": False})
+        training.run(ctx := bench.context(spec), spec)
+        assert len(bench.losses()) == 4
+        assert bench.events("progress")[-1]["done"] == 4
+        table = json.loads((ctx.attempt_dir / "parameters.json").read_text())
+        assert table["summary"]["vision_encoder"]["trained"] == 0
+        assert table["summary"]["vision_projector"]["frozen"] == 0
+        rows = table["stages"][0]["parameters"]
+        assert {row["name"] for row in rows if not row["trained"]} == {
+            row["name"] for row in rows if row["name"].startswith("image_encoder.encoder.")
+        }
+
+    def test_frozen_weights_come_out_bit_identical(self, bench: Bench) -> None:
+        bench.use_mm(**WHOLE)
+        spec = training_spec(freeze={"vision_encoder": True, "vision_projector": True})
+        training.run(bench.context(spec), spec)
+        before = torch.load(bench.model.path / "release/mp_rank_00/model_optim_rng.pt", weights_only=True)["model"]
+        after = torch.load(
+            bench.outputs()["checkpoint"] / "iter_0000004/mp_rank_00/model_optim_rng.pt", weights_only=True
+        )["model"]
+        assert set(before) == set(after)
+        same = {name for name in before if torch.equal(before[name], after[name])}
+        assert same == {name for name in before if name.startswith("image_encoder.")}
+
+    def test_bf16_trains_and_writes_bfloat16(self, bench: Bench) -> None:
+        spec = training_spec(precision="bf16", train_iters=12, optimizer={"lr": 3e-3, "lr_warmup_fraction": 0.0})
+        training.run(bench.context(spec), spec)
+        losses = bench.losses()
+        assert losses[-1] < losses[0]
+        file = bench.outputs()["checkpoint"] / "iter_0000012/mp_rank_00/model_optim_rng.pt"
+        assert {tensor.dtype for tensor in torch.load(file, weights_only=True)["model"].values()} == {torch.bfloat16}
+
+    def test_recompute_changes_nothing(self, bench: Bench) -> None:
+        recompute = {
+            "vision_encoder": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+            "text_decoder": {"recompute_granularity": "selective"},
+        }
+        for job, changes in (("job_a", {}), ("job_b", {"recompute": recompute})):
+            training.run(bench.context(spec := training_spec(**changes), job=job), spec)
+        assert bench.losses(job="job_b") == bench.losses(job="job_a")
+
+    def test_a_stop_keeps_and_publishes_the_last_checkpoint(self, bench: Bench) -> None:
+        ctx = bench.context(spec := training_spec(checkpoint={}))
+        ctx._stop.set()
+        with pytest.raises(Stopped):
+            training.run(ctx, spec)
+        assert set(bench.outputs()) == {"checkpoint-0000001"}
+
+
+class TestResume:
+    def test_a_new_attempt_goes_on_from_the_newest_checkpoint(self, bench: Bench) -> None:
+        training.run(bench.context(spec := training_spec(), job="job_b"), spec)
+        ctx = bench.context(spec)
+        ctx._stop.set()
+        with pytest.raises(Stopped):
+            training.run(ctx, spec)
+        training.run(bench.context(spec, attempt=2), spec)
+        assert bench.losses() + bench.losses(attempt=2) == bench.losses(job="job_b")
+
+    def test_resume_from_another_jobs_checkpoint_is_exact(self, bench: Bench) -> None:
+        training.run(bench.context(spec := training_spec(), job="job_b"), spec)
+        given = InputArtifact(None, "mm_checkpoint", bench.outputs(job="job_b")["checkpoint-0000002"], {})
+        training.run(bench.context(spec, resume_from=given), spec)
+        assert bench.losses() == bench.losses(job="job_b")[2:]
+
+    def test_a_finished_checkpoint_has_nothing_left_to_train(self, bench: Bench) -> None:
+        training.run(bench.context(spec := training_spec(), job="job_b"), spec)
+        given = InputArtifact(None, "mm_checkpoint", bench.outputs(job="job_b")["checkpoint"], {})
+        with pytest.raises(InvalidSpec, match="at iteration 4 already"):
+            training.run(bench.context(spec, resume_from=given), spec)
+
+    def test_another_precision_is_refused(self, bench: Bench) -> None:
+        training.run(bench.context(spec := training_spec(), job="job_b"), spec)
+        given = InputArtifact(None, "mm_checkpoint", bench.outputs(job="job_b")["checkpoint-0000002"], {})
+        with pytest.raises(IncompatiblePlan, match="precision fp32"):
+            training.run(bench.context(spec := training_spec(precision="bf16"), resume_from=given), spec)
+
+    def test_weights_without_a_data_position_are_no_training_checkpoint(self, bench: Bench) -> None:
+        bench.use_mm(**WHOLE)
+        with pytest.raises(CorruptCheckpoint, match="not a training checkpoint"):
+            training.run(bench.context(spec := training_spec(), resume_from=bench.model), spec)
+
+
+class TestRefusals:
+    def test_a_row_longer_than_seq_length(self, bench: Bench) -> None:
+        with pytest.raises(InvalidSpec, match=r"seq_length is 16, but 2 of 6 rows are longer \(longest: \d+ tokens\)"):
+            training.run(bench.context(spec := training_spec(seq_length=16)), spec)
+
+    def test_a_data_set_of_another_tokenizer(self, bench: Bench) -> None:
+        meta = bench.dataset.path / "tokens" / "meta.json"
+        meta.write_text(json.dumps({**json.loads(meta.read_text()), "vocab_size": 10**6}))
+        with pytest.raises(InvalidDataset, match="is not the model's"):
+            training.run(bench.context(spec := training_spec()), spec)
+
+    def test_a_wrong_number_of_processes(self, bench: Bench) -> None:
+        with pytest.raises(IncompatiblePlan, match="asks for 2 processes, 1 were started"):
+            training.run(bench.context(spec := training_spec({**WHOLE, "nproc_per_node": 2})), spec)
+
+    def test_layers_that_do_not_add_up(self, bench: Bench) -> None:
+        with pytest.raises(IncompatiblePlan, match="adds up to 3"):
+            training.run(bench.context(spec := training_spec({**WHOLE, "llm_pp_layers": [[3]]})), spec)
+
+    def test_lora_and_tp(self, bench: Bench) -> None:
+        for changes in ({"lora": {}}, {"parallel": {**WHOLE, "tp_size": 2, "nproc_per_node": 2}}):
+            spec = TrainingSpec.model_validate({**training_spec().model_dump(mode="json"), **changes})
+            with pytest.raises(AppError) as caught:
+                training.run(replace(bench.context(spec, job=f"job_{len(changes['parallel'])}" if "parallel" in changes else "job_x")), spec)
+            assert caught.value.code == "unsupported_option"
+
+
+class TestLoadWeights:
+    def test_lists_what_is_missing_left_over_and_misshapen(self) -> None:
+        model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+        weights = [("0.weight", torch.zeros(2, 3)), ("1.weight", torch.zeros(1, 3)), ("extra", torch.zeros(1))]
+        with pytest.raises(UnknownWeights) as caught:
+            training.load_weights(model, weights)
+        assert "2 missing: 0.bias, 1.bias" in caught.value.message
+        assert "1 not of this model: extra" in caught.value.message
+        assert "0.weight [2, 3] instead of [3, 2]" in caught.value.message
+
+
+class TestAgainstTransformers:
+    def test_the_first_loss_is_that_of_transformers_on_the_same_samples(self, tmp_path: Path, hf_dir: Path) -> None:
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        bench = Bench(tmp_path, hf_dir)
+        training.run(bench.context(spec := training_spec(train_iters=1, global_batch_size=NUM_ROWS)), spec)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf_dir, dtype=torch.float32, attn_implementation="eager")
+        dataset, loss_sum, num_targets = TokenisedDataset(bench.dataset.path), 0.0, 0
+        for index in range(NUM_ROWS):
+            row = dataset.row(index)
+            labels = np.full(len(row.input_ids), -100)
+            labels[1:] = row.targets[:-1]
+            pixels = [dataset.meta.image_processing.load(path)[0] for path in row.images]
+            ids = torch.from_numpy(row.input_ids.astype(np.int64))[None]
+            images: dict[str, Any] = {}
+            if pixels:
+                images = {"pixel_values": torch.from_numpy(np.concatenate(pixels)), "image_grid_thw": torch.tensor(row.grid_thw)}
+                images["mm_token_type_ids"] = (ids == bench.config.image_token_id).int()
+            count = int((row.targets >= 0).sum())
+            with torch.no_grad():
+                output = model(input_ids=ids, labels=torch.from_numpy(labels)[None], **images)
+            loss_sum += output.loss.item() * count
+            num_targets += count
+        assert bench.losses()[0] == pytest.approx(loss_sum / num_targets, rel=1e-5)
+
+
+class TestUnderTorchrun:
+    def test_two_stages_train_as_one_process_does(self, tmp_path: Path, hf_dir: Path) -> None:
+        bench = Bench(tmp_path, hf_dir)
+        training.run(bench.context(spec := training_spec(), job="job_b"), spec)
+        result = bench.torchrun(training_spec({**SPLIT, "nproc_per_node": 2}), 2)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert bench.losses() == pytest.approx(bench.losses(job="job_b"), rel=1e-4)
+        assert "iteration 4/4 | consumed samples 16 |" in result.stdout
+        inspect_mm_folder(bench.outputs()["checkpoint"], ParallelSpec.model_validate(SPLIT))
+
+    def test_the_error_of_a_later_rank_is_the_jobs_error(self, bench: Bench) -> None:
+        spec = training_spec({**WHOLE, "nproc_per_node": 2}, global_batch_size=NUM_ROWS)
+        dataset = TokenisedDataset(bench.dataset.path)
+        plan = plan_step(
+            dataset.lengths, dataset.patches, seed=spec.seed, consumed_samples=0, global_batch_size=NUM_ROWS, dp_size=2,
+            token_budget=spec.micro_batch_size * spec.seq_length,
+        )  # fmt: skip
+        row = next(row for rows in plan.micro_batches[1] for row in rows if dataset.patches[row])
+        (bench.dataset.path / "media" / f"{row}.png").write_bytes(b"no image")
+        result = bench.torchrun(spec, 2)
+        assert result.returncode != 0
+        (failed,) = bench.events("error")
+        assert failed["code"] == "unreadable_image"
+        assert failed["message"].startswith(f"rank 1: row {row + 1}: image")
