@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from core.conversion.apply import Bytes, WeightSource, chunks, layout_dtype, whole_tensor
-from core.conversion.files import FILE_MODE, OutTensor, make_folder
+from core.conversion.files import FILE_MODE, OutTensor, disk_full_named, make_folder
 from core.conversion.hf import HFWeights, write_index, write_safetensors
 from core.conversion.mm import MMWeights, rank_tree, write_tracker
 from core.conversion.pt import write_pt
@@ -104,17 +104,23 @@ def reshard(
     target: Path,
     parallel: Split,
     *,
+    hf_files: Path | None = None,
     canonical: bool = False,
     dtype: str | None = None,
+    allow_roots: tuple[Path, ...] = (),
     watch: Watch | None = None,
 ) -> Written:
-    """Write the weights of a checkpoint in another split, as a release; optimizer state stays behind."""
+    """Write the weights of a checkpoint in another split, as a release; optimizer state stays behind.
+
+    `hf/` is copied from `hf_files`, by default from the source's own.
+    """
     watch = watch or Quiet()
     weights = _open_mm(source, config, source_parallel, watch)
     _require_empty(target)
     written = _write_mm(weights, config, target, parallel, canonical, dtype, watch)
-    if source.hf_dir is not None:
-        copy_model_files(source.hf_dir, target / "hf", dtype=dtype)
+    hf_files = hf_files or source.hf_dir
+    if hf_files is not None:
+        copy_model_files(hf_files, target / "hf", dtype=dtype, allow_roots=allow_roots)
     return written
 
 
@@ -176,7 +182,8 @@ def copy_model_files(
             continue
         _check_inside(file, (source, *allow_roots))
         make_folder((target / relative).parent)
-        shutil.copyfile(file, target / relative)
+        with disk_full_named(relative):
+            shutil.copyfile(file, target / relative)
         (target / relative).chmod(FILE_MODE)
     if dtype is not None:
         _set_dtype(target / "config.json", dtype)

@@ -47,11 +47,10 @@ class HashingWriter:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
         try:
             os.fchmod(descriptor, FILE_MODE)
-            yield cls(descriptor)
-        except BaseException as error:
+            with disk_full_named(path):
+                yield cls(descriptor)
+        except BaseException:
             path.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFull(f"no space left while writing {path.name}") from error
             raise
         finally:
             os.close(descriptor)
@@ -72,6 +71,17 @@ class HashingWriter:
     def hexdigest(self) -> str:
         """SHA-256 of all that was written."""
         return self._sha256.hexdigest()
+
+
+@contextmanager
+def disk_full_named(path: Path) -> Iterator[None]:
+    """Turn the system's "no space left" into DiskFull."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"no space left while writing {path.name}") from error
+        raise
 
 
 def make_folder(path: Path) -> Path:

@@ -6,7 +6,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from core.conversion.convert import hf_to_mm, mm_to_hf, reshard
 from core.errors import DiskFull, IncompatiblePlan, InvalidSpec
@@ -33,20 +33,19 @@ def run(ctx: RunContext, spec: ConversionSpec) -> None:
 
 def _to_mm(ctx: RunContext, spec: ConversionSpec) -> None:
     assert spec.parallel is not None, "the spec requires it with both operations"
-    options: _MMOptions = {"canonical": spec.canonical, "dtype": spec.dtype}
+    options: _MMOptions = {"canonical": spec.canonical, "dtype": spec.dtype, "allow_roots": ctx.allow_roots}
     output = ctx.new_artifact("checkpoint", "mm_checkpoint")
     watch = _Watch(ctx, output.path)
     try:
         if spec.operation == "hf_to_mm":
             folder = inspect_hf_folder(ctx.inputs["source"].path)
-            config_json = folder.config_json
             ctx.log.info("%s: %d tensors, %d bytes", folder.path, len(folder.tensors), folder.total_bytes)
-            roots = ctx.allow_roots
-            written = hf_to_mm(folder, output.path, spec.parallel, allow_roots=roots, watch=watch, **options)
+            written = hf_to_mm(folder, output.path, spec.parallel, watch=watch, **options)
         else:
             mm = _open_mm(ctx, spec)
-            config_json = mm.config_json
-            written = reshard(mm.folder, mm.config, mm.parallel, output.path, spec.parallel, watch=watch, **options)
+            layouts = (mm.parallel, output.path, spec.parallel)
+            written = reshard(mm.folder, mm.config, *layouts, hf_files=mm.hf_files, watch=watch, **options)
+        config_json = read_config(output.path / "hf")
         metadata = {
             "family": detect(config_json).name,
             "config": config_json,
@@ -87,6 +86,7 @@ def _to_hf(ctx: RunContext, spec: ConversionSpec) -> None:
 class _MMOptions(TypedDict):
     canonical: bool
     dtype: str | None
+    allow_roots: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,6 @@ class _OpenedMM:
     folder: MMFolder
     parallel: ParallelSpec
     config: Config
-    config_json: dict[str, Any]
     hf_files: Path
 
 
@@ -115,7 +114,7 @@ def _open_mm(ctx: RunContext, spec: ConversionSpec) -> _OpenedMM:
     config_json = read_config(hf_files)
     config = detect(config_json).parse_config(config_json)
     ctx.log.info("%s: tp %d x pp %d, %d bytes", folder.path, folder.tp_size, folder.pp_size, folder.total_bytes)
-    return _OpenedMM(folder, parallel, config, config_json, hf_files)
+    return _OpenedMM(folder, parallel, config, hf_files)
 
 
 def _source_parallel(source: InputArtifact, spec: ConversionSpec) -> ParallelSpec:

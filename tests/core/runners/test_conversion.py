@@ -1,0 +1,179 @@
+"""Conversion jobs from spec to artifact."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from core.errors import AppError, DiskFull, IncompatiblePlan, InvalidSpec
+from core.models.hf_folder import inspect_hf_folder
+from core.models.mm_folder import inspect_mm_folder
+from core.runners import conversion
+from core.runners.context import InputArtifact, RunContext, Stopped
+from core.specs.conversion import ConversionSpec
+from core.storage.local import Store
+from core.storage.manifest import Manifest
+from tests.tiny import TinyShape, tiny_model
+
+SHAPE = TinyShape(vision_layers=2, text_layers=3)
+PARALLEL = {"tp_size": 2, "llm_pp_layers": [[1, 2]], "vit_pp_layers": [[2, 0]]}
+OTHER = {"tp_size": 1, "llm_pp_layers": [[3]], "vit_pp_layers": [[2]]}
+ART = "art_" + "0" * 26
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+class Jobs:
+    """Runs specs one after another against one store."""
+
+    def __init__(self, root: Path) -> None:
+        self.store = Store(root / "store")
+        self.root = root
+        self.count = 0
+
+    def context(self, spec: dict[str, Any], **inputs: InputArtifact) -> RunContext:
+        self.count += 1
+        folder = self.root / f"job{self.count}"
+        folder.mkdir()
+        parsed = ConversionSpec.model_validate({"source": {"artifact": ART}} | spec)
+        return RunContext(
+            job_id="job_" + "0" * 26,
+            attempt=1,
+            kind="conversion",
+            spec=parsed,
+            inputs=inputs,
+            job_dir=folder,
+            attempt_dir=folder,
+            store=self.store,
+        )
+
+    def run(self, spec: dict[str, Any], **inputs: InputArtifact) -> InputArtifact:
+        """The artifact, as the input of a next job."""
+        ctx = self.context(spec, **inputs)
+        conversion.run(ctx, ctx.spec)  # type: ignore[arg-type]
+        ready = [event for event in events(ctx) if "artifact_id" in event]
+        assert len(ready) == 1
+        manifest = self.store.manifest(ready[0]["artifact_id"])
+        return InputArtifact(manifest.id, manifest.kind, self.store.files_dir(manifest.id), manifest.metadata)
+
+    def manifest(self, artifact: InputArtifact) -> Manifest:
+        assert artifact.artifact_id is not None
+        return self.store.manifest(artifact.artifact_id)
+
+    def unfinished(self) -> list[Path]:
+        return list((self.store.root / "artifacts" / ".tmp").glob("*"))
+
+
+def events(ctx: RunContext) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (ctx.attempt_dir / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Jobs:
+    return Jobs(tmp_path)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> InputArtifact:
+    path = tiny_model(tmp_path / "hf", shape=SHAPE, num_shards=2, names="new", nested_config=True)
+    return InputArtifact(ART, "hf_model", path, inspect_hf_folder(path).metadata)
+
+
+class TestThereAndBack:
+    def test_three_jobs_give_the_folder_back(self, jobs: Jobs, model: InputArtifact) -> None:
+        first = jobs.run({"operation": "hf_to_mm", "parallel": PARALLEL}, source=model)
+        second = jobs.run({"operation": "reshard", "parallel": OTHER}, source=first)
+        back = jobs.run({"operation": "mm_to_hf"}, source=second)
+        for file in model.path.iterdir():
+            if file.name.endswith(".index.json"):
+                assert json.loads((back.path / file.name).read_text()) == json.loads(file.read_text())
+            else:
+                assert (back.path / file.name).read_bytes() == file.read_bytes(), file.name
+        assert back.metadata == model.metadata
+
+    def test_the_checkpoint_records_its_layout(self, jobs: Jobs, model: InputArtifact) -> None:
+        made = jobs.run({"operation": "hf_to_mm", "parallel": PARALLEL, "dtype": "bfloat16"}, source=model)
+        assert made.kind == "mm_checkpoint"
+        assert made.metadata == {
+            "family": "qwen2_5_vl",
+            "config": json.loads((made.path / "hf/config.json").read_text()),
+            "parallel": PARALLEL,
+            "canonical": False,
+            "dtype": "bfloat16",
+            "iteration": None,
+        }
+        assert inspect_mm_folder(made.path).tp_size == 2
+        assert jobs.manifest(made).lineage.parents == [ART]
+
+    def test_digests_in_the_manifest_are_right(self, jobs: Jobs, model: InputArtifact) -> None:
+        import hashlib
+
+        made = jobs.run({"operation": "hf_to_mm", "parallel": PARALLEL}, source=model)
+        for entry in jobs.manifest(made).files:
+            assert hashlib.sha256((made.path / entry.path).read_bytes()).hexdigest() == entry.sha256
+
+    def test_a_checkpoint_without_a_manifest(self, jobs: Jobs, model: InputArtifact, tmp_path: Path) -> None:
+        made = jobs.run({"operation": "hf_to_mm", "parallel": PARALLEL}, source=model)
+        bare = shutil.copytree(made.path, tmp_path / "bare")
+        shutil.rmtree(bare / "hf")
+        source = InputArtifact(None, "mm_checkpoint", bare, {})
+        spec = {"operation": "mm_to_hf", "source_parallel": PARALLEL}
+        back = jobs.run(spec | {"hf_source": {"artifact": ART}}, source=source, hf_source=model)
+        assert inspect_hf_folder(back.path).weight_map == inspect_hf_folder(model.path).weight_map
+        with pytest.raises(InvalidSpec, match="give hf_source"):
+            jobs.run(spec, source=source)
+        with pytest.raises(InvalidSpec, match="give source_parallel"):
+            jobs.run({"operation": "mm_to_hf"}, source=source)
+
+
+class TestReports:
+    def test_progress_in_bytes_and_a_line_per_file(
+        self, jobs: Jobs, model: InputArtifact, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        ctx = jobs.context({"operation": "hf_to_mm", "parallel": PARALLEL}, source=model)
+        with caplog.at_level(logging.INFO):
+            conversion.run(ctx, ctx.spec)  # type: ignore[arg-type]
+        progress = [event for event in events(ctx) if event.get("unit") == "bytes"]
+        assert progress[0]["done"] == 0
+        assert progress[-1]["done"] == progress[-1]["total"] > 0
+        assert sum(message.startswith("wrote release/mp_rank_") for message in caplog.messages) == 4
+
+
+class TestFailures:
+    def test_a_contradicting_source_parallel(self, jobs: Jobs, model: InputArtifact) -> None:
+        made = jobs.run({"operation": "hf_to_mm", "parallel": PARALLEL}, source=model)
+        with pytest.raises(IncompatiblePlan, match="leave it out"):
+            jobs.run({"operation": "mm_to_hf", "source_parallel": OTHER}, source=made)
+
+    def test_a_full_disk_is_seen_before_anything_is_written(
+        self, jobs: Jobs, model: InputArtifact, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100, 90, 10))
+        with pytest.raises(DiskFull, match="10 are free"):
+            jobs.run({"operation": "hf_to_mm", "parallel": PARALLEL}, source=model)
+        assert not jobs.unfinished()
+
+    def test_a_stop_leaves_nothing(self, jobs: Jobs, model: InputArtifact) -> None:
+        ctx = jobs.context({"operation": "hf_to_mm", "parallel": PARALLEL}, source=model)
+        ctx._stop.set()
+        with pytest.raises(Stopped):
+            conversion.run(ctx, ctx.spec)  # type: ignore[arg-type]
+        assert not jobs.unfinished()
+        assert not any("artifact_id" in event for event in events(ctx))
+
+    def test_a_broken_source_leaves_nothing(self, jobs: Jobs, model: InputArtifact) -> None:
+        made = jobs.run({"operation": "hf_to_mm", "parallel": PARALLEL}, source=model)
+        (made.path / "release/mp_rank_01_000/model_optim_rng.pt").unlink()
+        for spec in ({"operation": "mm_to_hf"}, {"operation": "reshard", "parallel": OTHER}):
+            with pytest.raises(AppError, match="mp_rank_01_000"):
+                jobs.run(spec, source=made)
+        assert not jobs.unfinished()
