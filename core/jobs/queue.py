@@ -30,6 +30,7 @@ def build_app(settings: Settings) -> Celery:
     """The application of producers and workers alike; see `worker/README.md` for why each setting is what it is."""
     app = Celery("temper", broker=settings.broker_url or "filesystem://localhost", set_as_current=False)
     app.conf.update(
+        broker_transport="core.jobs.transport:Transport" if settings.embedded else None,
         broker_transport_options=_transport_options(settings),
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
