@@ -45,6 +45,18 @@ def digits_road(model: str, source: str, *, train_iters: int) -> dict[str, tuple
     }  # fmt: skip
 
 
+def photos_road(
+    model: str, source: str, *, annotations: str, train_iters: int
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The same road for photos with captions, in LLaVA-Instruct's form."""
+    road = digits_road(model, source, train_iters=train_iters)
+    budget = {"cutoff_len": 512, "image_max_pixels": 50176, "annotations": annotations, "validation_fraction": 0.25}
+    training = {"global_batch_size": 8, "micro_batch_size": 2, "seq_length": 512}
+    road["dataset"] = ("dataset", {**road["dataset"][1], **budget})
+    road["train"] = ("training", {**road["train"][1], **training})
+    return road
+
+
 def submit_road(client: Client, road: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, Job]:
     """Submit every station; the jobs by station."""
     jobs: dict[str, Job] = {}
