@@ -257,17 +257,18 @@ class Client:
     def events(self, job_id: str, *, last_event_id: str | None = None) -> Iterator[Event]:
         """Follow a job until it has finished: every event once, in order, over any number of broken connections.
 
-        The server closes the stream when the job has finished and all was sent, or when a stream has lived long enough.
+        The server's `end` event says that the job has finished and all was sent; a stream that stops without it (the
+        connection broke, the stream was old, the server restarted) is opened again after the last event that came.
         """
         deadline = time.monotonic() + self.retry_s
         while True:
             try:
                 for event in self._event_stream(job_id, last_event_id):
+                    if event.type == "end":
+                        return
                     last_event_id = event.id or last_event_id
                     deadline = time.monotonic() + self.retry_s
                     yield event
-                if self.job(job_id).finished:
-                    return
             except httpx.TransportError as error:
                 if time.monotonic() > deadline:
                     raise self._unreachable(error) from error

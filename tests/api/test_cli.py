@@ -63,7 +63,9 @@ class TestExitCodes:
         failed = {**JOB, "state": "failed", "error": {"code": "disk_full", "message": "no room", "hint": "make some"}}
         server.answers["POST /v1/jobs"] = says(201, JOB)
         server.answers["GET /v1/jobs/job_1"] = in_turn(says(200, JOB), says(200, failed))
-        server.answers["GET /v1/jobs/job_1/events"] = says(200, f"event: metric\ndata: {json.dumps(STEP)}\n\n".encode())
+        server.answers["GET /v1/jobs/job_1/events"] = says(
+            200, f"event: metric\ndata: {json.dumps(STEP)}\n\nevent: end\ndata: {{}}\n\n".encode()
+        )
         (tmp_path / "job.json").write_text(json.dumps({"kind": "training", "spec": {}}))
         result = temper("submit", str(tmp_path / "job.json"), "--follow", url=server.url)
         assert result.returncode == 1

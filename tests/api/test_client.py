@@ -101,19 +101,18 @@ class TestEvents:
                     200, sse(1, "state", {"state": "running"}) + sse(2, "metric", {"step": 1}), announced=10**6
                 )
             else:
-                handler.reply(200, sse(3, "state", {"state": "succeeded"}))
+                handler.reply(200, sse(3, "state", {"state": "succeeded"}) + sse(3, "end", {}))
 
         server.answers["GET /v1/jobs/job_1/events"] = stream
-        server.answers["GET /v1/jobs/job_1"] = says(200, {**JOB, "state": "succeeded"})
         events = list(client.events("job_1"))
         assert [event.id for event in events] == ["1", "2", "3"]
         assert [headers.get("Last-Event-ID") for _, path, headers, _ in server.seen if "events" in path] == [None, "2"]
 
     def test_a_stream_that_ends_before_the_job_is_opened_again(self, server: Server, client: Client) -> None:
-        states = in_turn(says(200, JOB), says(200, {**JOB, "state": "failed"}))
-        server.answers["GET /v1/jobs/job_1"] = states
         server.answers["GET /v1/jobs/job_1/events"] = in_turn(
-            says(200, sse(1, "progress", {"done": 1})), says(200, sse(2, "state", {"state": "failed"}))
+            says(200, sse(1, "progress", {"done": 1})),
+            says(503, {}),
+            says(200, sse(2, "state", {"state": "failed"}) + sse(2, "end", {})),
         )
         assert [event.id for event in client.events("job_1")] == ["1", "2"]
 

@@ -90,7 +90,7 @@ class TestTheRoad:
         assert all(job.outputs for job in walked.jobs.values())
 
     def test_the_live_events_are_complete_and_in_order(self, service: Service, walked: Walked) -> None:
-        numbers = [int(event.id) for event in walked.events if event.id is not None]
+        numbers = [event.data["seq"] for event in walked.events if event.type != "log"]
         assert numbers == list(range(1, len(numbers) + 1))
         states = [event.data["state"] for event in walked.events if event.type == "state"]
         assert states[0] == "waiting"
@@ -98,7 +98,11 @@ class TestTheRoad:
         steps = [event.data["step"] for event in walked.events if event.type == "metric"]
         assert steps == list(range(1, TRAIN_ITERS + 1))
         history = list(service.client.history(walked.jobs["train"].id))
-        assert [event.id for event in history] == [event.id for event in walked.events if event.id is not None]
+        assert [event.type for event in history] == [event.type for event in walked.events if event.type != "log"]
+
+    def test_the_live_log_is_the_log(self, service: Service, walked: Walked) -> None:
+        live = "".join(event.data["text"] for event in walked.events if event.type == "log")
+        assert live.encode() == b"".join(service.client.follow_logs(walked.jobs["train"].id))
 
     def test_the_log_has_the_fields_usual_line_for_each_step(self, service: Service, walked: Walked) -> None:
         log = b"".join(service.client.follow_logs(walked.jobs["train"].id)).decode()
