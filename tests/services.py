@@ -448,19 +448,21 @@ def start_temper(
         )  # fmt: skip
 
 
-def wait_until_ready(url: str, process: "subprocess.Popen[bytes]", output: Path, *, timeout_s: float) -> None:
-    """/readyz answers 200 when a job can run. Fails with what the process printed."""
+def wait_until_ready(
+    url: str, process: "subprocess.Popen[bytes]", output: Path, *, timeout_s: float, path: str = "/readyz"
+) -> None:
+    """/readyz answers 200 when a job can run, /healthz when the API answers. Fails with what the process printed."""
 
     def ready() -> bool:
         if process.poll() is not None:
             raise RuntimeError(f"temper ended with {process.returncode} at its start:\n{_read(output)[-4000:]}")
         try:
-            return httpx.get(f"{url}/readyz", timeout=5).status_code == httpx.codes.OK
+            return httpx.get(f"{url}{path}", timeout=5).status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
 
     try:
-        wait_until(ready, timeout_s=timeout_s, what=f"{url}/readyz")
+        wait_until(ready, timeout_s=timeout_s, what=f"an answer of {url}{path}")
     except TimeoutError as error:
         raise TimeoutError(f"{error}; it printed:\n{_read(output)[-4000:]}") from None
 

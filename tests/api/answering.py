@@ -25,7 +25,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
         self.reply(404, {"code": "not_found", "detail": f"no {path}"})
 
-    do_GET = do_POST = do_PATCH = do_DELETE = _serve  # noqa: N815  # names given by http.server
+    do_GET = do_POST = do_PATCH = do_DELETE = _serve  # names given by http.server
 
     def reply(self, status: int, body: object, **headers: str) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
