@@ -18,6 +18,8 @@ from core.models.mapping import Shape, width
 
 Bytes = npt.NDArray[np.uint8]
 CHUNK_BYTES = 16 << 20
+RELEASE_BYTES = 128 << 20
+"""So much is read at most before the source's pages are let go."""
 
 TORCH_DTYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -34,6 +36,9 @@ class WeightSource(Protocol):
 
     def read(self, name: str, rows: tuple[int, int], columns: tuple[int, int], out: Bytes) -> None:
         """Copy the rectangle into `out` [rows, columns × item size]."""
+
+    def release(self) -> None:
+        """Free the memory that reading took; views that were handed out stay valid."""
 
 
 def whole_tensor(name: str, shape: Shape) -> TensorLayout:
@@ -54,9 +59,14 @@ def chunks(layout: TensorLayout, source: WeightSource, *, dtype: str | None = No
     columns = layout.blocks[0].columns
     row_bytes = columns * ITEM_SIZE[stored]
     step = max(1, CHUNK_BYTES // (4 * columns))  # rows per chunk do not depend on the type
+    unreleased = 0
     for start in range(0, layout.shape[0], step):
         stop = min(start + step, layout.shape[0])
         yield cast(_rows(layout, source, start, stop, row_bytes), stored, dtype or stored)
+        unreleased += (stop - start) * row_bytes
+        if unreleased >= RELEASE_BYTES or (stop == layout.shape[0] and unreleased >= CHUNK_BYTES):
+            source.release()
+            unreleased = 0
 
 
 def _rows(layout: TensorLayout, source: WeightSource, start: int, stop: int, row_bytes: int) -> Bytes:
@@ -91,6 +101,16 @@ def cast(data: Bytes, stored: str, wanted: str) -> Bytes:
     values = torch.from_numpy(np.ascontiguousarray(data).copy()).view(TORCH_DTYPE[stored])
     converted: Bytes = values.to(TORCH_DTYPE[wanted]).view(torch.uint8).numpy()
     return converted
+
+
+def same_bytes(first: Bytes, second: Bytes) -> bool:
+    """Whether two byte matrices are equal, without a temporary of their size."""
+    if first.shape != second.shape:
+        return False
+    step = max(1, CHUNK_BYTES // max(1, first.shape[1]))
+    return all(
+        np.array_equal(first[row : row + step], second[row : row + step]) for row in range(0, first.shape[0], step)
+    )
 
 
 def to_tensor(layout: TensorLayout, source: WeightSource) -> torch.Tensor:

@@ -1,14 +1,20 @@
-"""Output files: hashed while they are written, mode 0640; folders 0750, as MindSpeed-MM's converter makes them."""
+"""Files: inputs mapped into memory, outputs hashed while they are written.
+
+Output files have mode 0640 and folders 0750, as MindSpeed-MM's converter makes them.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from core.conversion.apply import ITEM_SIZE, Bytes
 from core.errors import DiskFull
@@ -30,6 +36,19 @@ class OutTensor:
     def size_bytes(self) -> int:
         """Bytes of its values."""
         return self.shape[0] * width(self.shape) * ITEM_SIZE[self.dtype] if self.shape else ITEM_SIZE[self.dtype]
+
+
+class MappedFile:
+    """A file whose bytes are read where they are used."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as stream:
+            self._mmap = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self.data: Bytes = np.frombuffer(self._mmap, np.uint8)
+
+    def release(self) -> None:
+        """Let go of the pages that were read; they stay in the system's cache and come back when they are read again."""
+        self._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 class HashingWriter:

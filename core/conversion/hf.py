@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from core.conversion.apply import ITEM_SIZE, Bytes
-from core.conversion.files import HashingWriter, OutTensor
+from core.conversion.apply import ITEM_SIZE, Bytes, same_bytes
+from core.conversion.files import HashingWriter, MappedFile, OutTensor
 from core.models.hf_folder import DTYPE_NAME, INDEX_FILE, HFFolder, TensorEntry
 from core.models.mapping import width
 
@@ -23,7 +23,7 @@ class HFWeights:
     def __init__(self, folder: HFFolder) -> None:
         self._tensors = folder.tensors
         self._tied_copies = folder.tied_copies
-        self._maps: dict[Path, Bytes] = {}
+        self._files: dict[Path, MappedFile] = {}
 
     def dtype(self, name: str) -> str:
         """float32, float16 or bfloat16."""
@@ -40,19 +40,24 @@ class HFWeights:
         first, last = _byte_columns(self.dtype(name), columns)
         out[:] = self._matrix(self._tensors[name])[rows[0] : rows[1], first:last]
 
+    def release(self) -> None:
+        """Free the memory that reading took."""
+        for file in self._files.values():
+            file.release()
+
     def differing_copies(self, tied: Mapping[str, str]) -> list[str]:
         """Keys of stored tied weights whose bytes are not those of the weight that they share."""
         return [
             entry.key
             for name, entry in self._tied_copies.items()
-            if not np.array_equal(self._matrix(entry), self._matrix(self._tensors[tied[name]]))
+            if not same_bytes(self._matrix(entry), self._matrix(self._tensors[tied[name]]))
         ]
 
     def _matrix(self, entry: TensorEntry) -> Bytes:
-        if entry.file not in self._maps:
-            self._maps[entry.file] = np.memmap(entry.file, dtype=np.uint8, mode="r")
+        if entry.file not in self._files:
+            self._files[entry.file] = MappedFile(entry.file)
         row_bytes = width(entry.shape) * ITEM_SIZE[DTYPE_NAME[entry.dtype]]
-        return self._maps[entry.file][entry.start : entry.stop].reshape(entry.shape[0], row_bytes)
+        return self._files[entry.file].data[entry.start : entry.stop].reshape(entry.shape[0], row_bytes)
 
 
 def _byte_columns(dtype: str, columns: tuple[int, int]) -> tuple[int, int]:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from core.conversion.apply import ITEM_SIZE, Bytes
+from core.conversion.apply import ITEM_SIZE, Bytes, same_bytes
 from core.conversion.files import HashingWriter, OutTensor, make_folder
-from core.conversion.pt import PtTensor, from_torch, read_pt, write_pt
+from core.conversion.pt import PtFile, PtTensor, from_torch, write_pt
 from core.errors import CorruptCheckpoint, IncompatiblePlan, UnknownWeights
 from core.models.hf_folder import listed
 from core.models.layout import Block, RankLayout, TensorLayout, rank_layouts, tied_names
@@ -71,7 +70,8 @@ class MMWeights:
         self._replicas: list[tuple[_Piece, _Piece]] = []
         self._tied_to = set(tied_names(config).values())
         files = {(pp_rank, tp_rank): file for pp_rank, tp_rank, file in folder.rank_files()}
-        trees = {rank: read_pt(file) for rank, file in files.items()}
+        self._files = {rank: PtFile(file) for rank, file in files.items()}
+        trees = {rank: file.tree for rank, file in self._files.items()}
         self.canonical = any(".q_proj." in name for tree in trees.values() for name in _all_names(tree))
         seen: dict[tuple[str, int, int], _Piece] = {}
         for rank in rank_layouts(config, parallel, canonical=self.canonical):
@@ -129,13 +129,19 @@ class MMWeights:
                 ]
             )
 
+    def release(self) -> None:
+        """Free the memory that reading took."""
+        for file in self._files.values():
+            file.release()
+
     def differing_replicas(self) -> tuple[list[str], list[str]]:
         """Weights that should be equal on several ranks and are not: (tied embeddings, others)."""
         tied: list[str] = []
         others: list[str] = []
         for first, second in self._replicas:
-            if not np.array_equal(_rows(first), _rows(second)):
+            if not same_bytes(_rows(first), _rows(second)):
                 (tied if first.block.source in self._tied_to else others).append(second.where)
+        self.release()
         return tied, others
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from core.conversion.apply import ITEM_SIZE, Bytes
-from core.conversion.files import HashingWriter, OutTensor
+from core.conversion.files import HashingWriter, MappedFile, OutTensor
 from core.errors import CorruptCheckpoint
 from core.models.mapping import Shape
 
@@ -65,8 +65,31 @@ class PtTensor:
         return self.data.reshape(self.shape[0], -1) if self.shape and self.shape[0] else self.data.reshape(0, 0)
 
 
+class PtFile:
+    """An open file: `tree` has `PtTensor` for tensors. Raises CorruptCheckpoint naming the file."""
+
+    def __init__(self, path: Path) -> None:
+        pickled, prefix, records = _read_directory(path)
+        self._mapped = MappedFile(path)
+        storages = {
+            name.removeprefix(f"{prefix}data/"): _record(self._mapped.data, info, path)
+            for name, info in records.items()
+            if name.startswith(f"{prefix}data/")
+        }
+        self.tree = _unpickle(pickled, storages, path)
+
+    def release(self) -> None:
+        """Free the memory that reading took."""
+        self._mapped.release()
+
+
 def read_pt(path: Path) -> Any:
-    """The tree of a file, with `PtTensor` for tensors. Raises CorruptCheckpoint naming the file."""
+    """The tree of a file."""
+    return PtFile(path).tree
+
+
+def _read_directory(path: Path) -> tuple[bytes, str, dict[str, zipfile.ZipInfo]]:
+    """data.pkl, the archive's folder name with its slash, and all entries."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = {info.filename: info for info in archive.infolist()}
@@ -78,15 +101,12 @@ def read_pt(path: Path) -> Any:
                 raise CorruptCheckpoint(f"{path}: data.pkl is larger than {_MAX_PICKLE_BYTES} bytes")
             if f"{prefix}byteorder" in records and archive.read(f"{prefix}byteorder") != b"little":
                 raise CorruptCheckpoint(f"{path} was written by a big-endian machine")
-            pickled = archive.read(pickles[0])
+            return archive.read(pickles[0]), prefix, records
     except (zipfile.BadZipFile, EOFError) as error:
         raise CorruptCheckpoint(f"{path} is truncated or not a torch.save file: {error}") from error
-    mapped = np.memmap(path, dtype=np.uint8, mode="r")
-    storages = {
-        name.removeprefix(f"{prefix}data/"): _record(mapped, info, path)
-        for name, info in records.items()
-        if name.startswith(f"{prefix}data/")
-    }
+
+
+def _unpickle(pickled: bytes, storages: Mapping[str, Bytes], path: Path) -> Any:
     try:
         return _Unpickler(io.BytesIO(pickled), storages=storages, path=path).load()
     except CorruptCheckpoint:
