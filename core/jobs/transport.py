@@ -21,7 +21,7 @@ from kombu.transport import filesystem
 from kombu.utils.json import dumps, loads
 
 
-class Channel(filesystem.Channel):  # type: ignore[misc]  # kombu publishes no types
+class Channel(filesystem.Channel):
     """Messages are files `<time>_<uuid>.<queue>.msg`; an exchange's bindings are a file in the control folder."""
 
     def _put(self, queue: str, payload: Any, **_: Any) -> None:
@@ -58,7 +58,7 @@ class Channel(filesystem.Channel):  # type: ignore[misc]  # kombu publishes no t
             yield
 
 
-class Transport(filesystem.Transport):  # type: ignore[misc]  # kombu publishes no types
+class Transport(filesystem.Transport):
     """The transport, as named by `broker_transport`."""
 
     Channel = Channel
