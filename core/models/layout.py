@@ -17,7 +17,7 @@ from core.errors import IncompatiblePlan
 from core.models.mapping import Dims, Rename, Rule, Shape, at_layer, width
 from core.models.plan import Cut, Replicate, ShardRule, Split, Stage, stages, whole
 from core.models.qwen2_5_vl.family import Config
-from core.models.registry import Family, get_family
+from core.models.registry import get_family
 
 
 @dataclass(frozen=True)
@@ -122,17 +122,6 @@ def stage_layout(
         for local, layer in enumerate(stage.layers(rule.place)):
             layouts[at_layer(rule.mm, local)] = _cut(rule, shard, dims, tp_size, tp_rank, layer, config)
     return layouts
-
-
-def shard_rule(family: Family, mm_name: str) -> ShardRule:
-    """The tensor-parallel rule of one weight by its name in a rank file. KeyError for a name that is none."""
-    parts = ["{layer}" if part.isdigit() and before == "layers" else part for before, part in _pairs(mm_name)]
-    return family.plan[".".join(parts)]
-
-
-def _pairs(name: str) -> Iterator[tuple[str, str]]:
-    parts = name.split(".")
-    yield from zip(["", *parts], parts, strict=False)
 
 
 def _tied(rule: Rule, config: Config) -> bool:

@@ -180,11 +180,3 @@ def old_name(key: str) -> str:
         if key.startswith(new):
             return old + key[len(new) :]
     return key
-
-
-def new_name(key: str) -> str:
-    """A HF key of the old form in the new one (`model.visual.*`, `model.language_model.*`, `lm_head.*`)."""
-    for new, old in NEW_TO_OLD_PREFIX.items():
-        if key.startswith(old):
-            return new + key[len(old) :]
-    return key

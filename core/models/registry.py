@@ -21,8 +21,6 @@ class Family:
     name: str
     model_type: str
     """`model_type` of HF's `config.json`."""
-    architecture: str
-    """HF's class name."""
     parse_config: Callable[[Mapping[str, Any]], Config]
     sizes: Mapping[str, Config]
     """Published size -> config."""
@@ -51,7 +49,6 @@ FAMILIES: dict[str, Family] = {
         Family(
             name=qwen2_5_vl.NAME,
             model_type=qwen2_5_vl.MODEL_TYPE,
-            architecture="Qwen2_5_VLForConditionalGeneration",
             parse_config=Config.from_hf,
             sizes=qwen2_5_vl.SIZES,
             mapping=qwen2_5_vl.MAPPING,

@@ -7,9 +7,11 @@ import pytest
 
 from core.errors import InvalidModel, NotFound
 from core.models.layout import hf_shapes, stage_layout
-from core.models.mapping import new_name, old_name
-from core.models.plan import whole
+from core.models.mapping import old_name
+from core.models.plan import stages, whole
 from core.models.registry import FAMILIES, Family, detect, get_family
+from core.specs.parallel import ParallelSpec
+from tests.tiny import TinyShape, tiny_config
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -74,8 +76,28 @@ class TestNames:
             ("lm_head.weight", "lm_head.weight"),
         ],
     )
-    def test_old_and_new_are_inverse(self, old: str, new: str) -> None:
-        assert (old_name(new), old_name(old), new_name(old)) == (old, old, new)
+    def test_either_form_becomes_the_old_one(self, old: str, new: str) -> None:
+        assert (old_name(new), old_name(old)) == (old, old)
+
+
+class TestBuild:
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_the_layers_of_a_stage_are_named_and_shaped_as_its_rank_file(self, tied: bool) -> None:
+        import torch
+
+        from core.device import get_accelerator
+
+        family = get_family("qwen2_5_vl")
+        ids = dict.fromkeys(("<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"), 1)
+        ids |= {"<|vision_start|>": 2, "<|vision_end|>": 3}
+        shape = TinyShape(vision_layers=3, text_layers=3, tied=tied)
+        config = family.parse_config(tiny_config(shape, vocab_size=64, ids=ids))
+        parallel = ParallelSpec(llm_pp_layers=((0, 2, 1),), vit_pp_layers=((2, 1, 0),))
+        for stage in (whole(config), *stages(config, parallel)):
+            with torch.device("meta"):
+                layers = family.build(config, stage, accelerator=get_accelerator("cpu"))
+            shapes = {name: tuple(tensor.shape) for name, tensor in layers.state_dict().items()}
+            assert shapes == {name: layout.shape for name, layout in stage_layout(config, stage).items()}
 
 
 def test_the_ground_floor_loads_no_torch() -> None:
