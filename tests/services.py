@@ -346,6 +346,13 @@ class Temper:
         self.process = None
         kill_home(self.home)
 
+    def crash(self) -> None:
+        """KILL to everything at once, as when the machine loses its power; `start()` is the reboot."""
+        assert self.process is not None
+        kill_home(self.home)
+        self.process.wait(timeout=10)
+        self.process = None
+
     def __enter__(self) -> "Temper":
         try:
             self.start()
@@ -404,6 +411,12 @@ class TemperCluster:
     def kill_worker(self, node_name: str) -> None:
         """-9 to the Celery worker and its pool; what it had started and detached lives on."""
         kill_tree(self.workers.pop(node_name).pid)
+
+    def kill_host(self, node_name: str) -> None:
+        """-9 to everything of that host: worker, supervisors, runners; as when a machine loses its power."""
+        worker = self.workers.pop(node_name)
+        kill_home(self.home, node_name=node_name)
+        worker.wait(timeout=10)
 
     def stop_api(self) -> None:
         stop_process(self.api)
@@ -493,30 +506,30 @@ def kill_tree(pid: int) -> None:
     psutil.wait_procs(processes, timeout=10)
 
 
-def processes_of_home(home: Path) -> list[psutil.Process]:
-    """Every process that was started with this TEMPER_HOME, detached or not, this one excepted."""
+def processes_of_home(home: Path, *, node_name: str | None = None) -> list[psutil.Process]:
+    """Every process that was started with this TEMPER_HOME (of one host only), detached or not; this one excepted."""
     found = []
     for process in psutil.process_iter():
         if process.pid == os.getpid():
             continue
         with contextlib.suppress(psutil.Error, FileNotFoundError, ProcessLookupError):
-            if process.environ().get("TEMPER_HOME") == str(home):
+            environment = process.environ()
+            of_host = node_name is None or environment.get("TEMPER_NODE_NAME") == node_name
+            if environment.get("TEMPER_HOME") == str(home) and of_host and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
 
 
-def kill_home(home: Path) -> None:
+def kill_home(home: Path, *, node_name: str | None = None) -> None:
     """KILL until nobody of this home is left: a supervisor may start one more child while it dies."""
 
     def nobody_left() -> bool:
-        processes = processes_of_home(home)
+        processes = processes_of_home(home, node_name=node_name)
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(processes, timeout=5)
-        return not [
-            process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-        ]
+        return not processes
 
     wait_until(nobody_left, timeout_s=30, what=f"the end of every process of {home}")
 
