@@ -11,6 +11,8 @@
         image_offsets.i64    [rows + 1]    row i has images[image_offsets[i] : image_offsets[i + 1]]
         paths.u8             [bytes]       image paths relative to the media root, UTF-8, end to end
         path_offsets.i64     [images + 1]
+        patches.i64          [rows]        image patches of the row
+        num_targets.i64      [rows]        learnt tokens of the row
         source_rows.i64      [rows]        row number in the user's annotation file, from 1
         train.i64            [num_train]   rows of the split
         validation.i64       [num_validation]
@@ -107,11 +109,11 @@ class TokenisedDataset:
         self._rows = self._map(f"{split}.i64", np.int64, meta.num_train if split == "train" else meta.num_validation)
 
         rows = np.asarray(self._rows)
-        self.lengths: IntArray = np.diff(self._token_offsets)[rows]
+        self.lengths: IntArray = np.diff(np.asarray(self._token_offsets))[rows]
         """Tokens per row of the split, [N]."""
-        self.patches: IntArray = self._sum_per_row(self._grids.prod(axis=1, dtype=np.int64), self._image_offsets)[rows]
+        self.patches: IntArray = np.asarray(self._map("patches.i64", np.int64, meta.num_rows))[rows]
         """Image patches per row of the split, [N]."""
-        self.num_targets: IntArray = self._sum_per_row(self._trained, self._token_offsets)[rows]
+        self.num_targets: IntArray = np.asarray(self._map("num_targets.i64", np.int64, meta.num_rows))[rows]
         """Tokens that are learnt per row of the split, [N]; the loss is averaged over them."""
 
     def __len__(self) -> int:
@@ -160,17 +162,6 @@ class TokenisedDataset:
             return np.empty(0, dtype)
         return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
 
-    @staticmethod
-    def _sum_per_row(values: np.ndarray, offsets: np.ndarray) -> IntArray:
-        """Sum `values` [offsets[-1]] between consecutive `offsets` [rows + 1], in blocks so that memory stays small."""
-        sums = np.zeros(len(offsets) - 1, np.int64)
-        block = 1 << 16
-        for start in range(0, len(sums), block):
-            ends = np.asarray(offsets[start : start + block + 1])
-            running = np.concatenate(([0], np.cumsum(values[ends[0] : ends[-1]], dtype=np.int64)))
-            sums[start : start + block] = np.diff(running[ends - ends[0]])
-        return sums
-
 
 def check_fits(config: Config, *, image_token_id: int, vocab_size: int, image_processing: ImageProcessing) -> None:
     """Refuse a model that tokens and patches are not made for; raises InvalidDataset naming the difference."""
@@ -209,7 +200,7 @@ class TokenWriter:
         self._path_bytes = 0
         for name in ("token_offsets.i64", "image_offsets.i64", "path_offsets.i64"):
             self._append(name, np.zeros(1, "<i8"))
-        for name in ("input_ids.i32", "trained.u8", "grids.i32", "paths.u8", "source_rows.i64"):
+        for name in ("input_ids.i32", "trained.u8", "grids.i32", "paths.u8"):
             self._append(name, np.empty(0, np.uint8))
 
     def __enter__(self) -> TokenWriter:
@@ -243,9 +234,12 @@ class TokenWriter:
         self.num_tokens += len(input_ids)
         self.num_images += len(images)
         self.max_length = max(self.max_length, len(input_ids))
-        self.max_patches = max(self.max_patches, sum(t * h * w for t, h, w in grids))
+        patches = sum(t * h * w for t, h, w in grids)
+        self.max_patches = max(self.max_patches, patches)
         self._append("token_offsets.i64", np.array([self.num_tokens], "<i8"))
         self._append("image_offsets.i64", np.array([self.num_images], "<i8"))
+        self._append("patches.i64", np.array([patches], "<i8"))
+        self._append("num_targets.i64", np.array([np.count_nonzero(trained[1:])], "<i8"))
         self._append("source_rows.i64", np.array([source_row], "<i8"))
 
     def finish(
