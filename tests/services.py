@@ -412,12 +412,6 @@ class TemperCluster:
         """-9 to the Celery worker and its pool; what it had started and detached lives on."""
         kill_tree(self.workers.pop(node_name).pid)
 
-    def kill_host(self, node_name: str) -> None:
-        """-9 to everything of that host: worker, supervisors, runners; as when a machine loses its power."""
-        worker = self.workers.pop(node_name)
-        kill_home(self.home, node_name=node_name)
-        worker.wait(timeout=10)
-
     def stop_api(self) -> None:
         stop_process(self.api)
         self.api = None
@@ -506,25 +500,23 @@ def kill_tree(pid: int) -> None:
     psutil.wait_procs(processes, timeout=10)
 
 
-def processes_of_home(home: Path, *, node_name: str | None = None) -> list[psutil.Process]:
-    """Every process that was started with this TEMPER_HOME (of one host only), detached or not; this one excepted."""
+def processes_of_home(home: Path) -> list[psutil.Process]:
+    """Every process that was started with this TEMPER_HOME, detached or not; this one excepted."""
     found = []
     for process in psutil.process_iter():
         if process.pid == os.getpid():
             continue
         with contextlib.suppress(psutil.Error, FileNotFoundError, ProcessLookupError):
-            environment = process.environ()
-            of_host = node_name is None or environment.get("TEMPER_NODE_NAME") == node_name
-            if environment.get("TEMPER_HOME") == str(home) and of_host and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get("TEMPER_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
 
 
-def kill_home(home: Path, *, node_name: str | None = None) -> None:
+def kill_home(home: Path) -> None:
     """KILL until nobody of this home is left: a supervisor may start one more child while it dies."""
 
     def nobody_left() -> bool:
-        processes = processes_of_home(home, node_name=node_name)
+        processes = processes_of_home(home)
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
