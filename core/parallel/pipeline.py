@@ -61,14 +61,11 @@ class Pipeline(Generic[Batch]):
         """Accumulate the gradients of all micro-batches of one step."""
         if self.before is None and self.after is None:
             for batch in batches:
-                self._backward(self._forward(batch, None), batch, None)
+                self.backward(self.stage(batch), batch, None)
         else:
             _OneFOneB(self, batches).run()
 
-    def _forward(self, batch: Batch, incoming: Tensor | None) -> Tensor:
-        return self.stage(batch, incoming)
-
-    def _backward(self, output: Tensor, batch: Batch, gradient: Tensor | None) -> None:
+    def backward(self, output: Tensor, batch: Batch, gradient: Tensor | None) -> None:
         """Go back through the stage from the gradient that came in, or on the last stage from the head's."""
         if self.after is None:
             gradient = self.head(output, batch)
@@ -116,13 +113,13 @@ class _OneFOneB(Generic[Batch]):
         self._wait_for_sends()
 
     def _forward(self, i: int) -> None:
-        self.outputs.append(self.pipe._forward(self.batches[i], self.inputs[i]))
+        self.outputs.append(self.pipe.stage(self.batches[i], self.inputs[i]))
 
     def _backward(self, i: int) -> Tensor | None:
         """Return the gradient that the previous stage waits for; what was kept for the backward pass is let go."""
         incoming, output = self.inputs[i], self.outputs[i]
         self.inputs[i], self.outputs[i] = None, _NOTHING
-        self.pipe._backward(output, self.batches[i], self.gradient)
+        self.pipe.backward(output, self.batches[i], self.gradient)
         self.gradient = None
         if incoming is None or not incoming.requires_grad:
             return None

@@ -142,7 +142,7 @@ class Checkpoints:
 
     def load_state(self, path: Path) -> dict[str, Any]:
         """Read this pipeline rank's optimizer and random state."""
-        return torch.load(path / self.rank_folder / STATE_FILE, weights_only=True, mmap=True, map_location="cpu")  # type: ignore[no-any-return]
+        return torch.load(path / self.rank_folder / STATE_FILE, weights_only=True, mmap=True, map_location="cpu")
 
     def _make_room(self, temporary: Path, needed_bytes: int) -> None:
         for leftover in self.folder.glob(".iter_*.tmp"):

@@ -97,7 +97,8 @@ class Optimizer:
     def squared_norm(self) -> float:
         """Return this rank's share of the squared gradient norm: what other ranks hold too is counted by the first of them.
 
-        Call it after `reduce_gradients`; the sum over all ranks is the squared norm over the whole model. Not finite if any gradient is not.
+        Call it after `reduce_gradients`; the sum over all ranks is the squared norm over the whole model, not finite if any
+        gradient is not.
         """
         if self.mesh.dp_rank != 0:
             return 0.0

@@ -40,7 +40,7 @@ class Head:
     def take(self) -> list[float]:
         """Return the loss sums of the step's micro-batches, in one copy from the device, and forget them."""
         losses, self.losses = self.losses, []
-        return torch.stack(losses).tolist() if losses else []  # type: ignore[no-any-return]
+        return torch.stack(losses).tolist() if losses else []
 
 
 def build_pipeline(

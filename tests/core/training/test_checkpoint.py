@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import namedtuple
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,8 +68,7 @@ class TestSave:
     def test_a_full_disk_is_said_before_anything_is_written(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage(10, 10, 0))
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
         with pytest.raises(DiskFull, match="needs"):
             store(tmp_path).save(FACTS, WEIGHTS, STATE)
         assert store(tmp_path).newest() is None

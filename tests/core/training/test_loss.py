@@ -26,7 +26,8 @@ class TestLossAndGradient:
         hidden_TH, targets_T, head = inputs()
         expected = F.cross_entropy(head(hidden_TH), targets_T, reduction="sum")
         expected.backward()
-        assert hidden_TH.grad is not None and head.weight.grad is not None
+        assert hidden_TH.grad is not None
+        assert head.weight.grad is not None
         weight_gradient, head.weight.grad = head.weight.grad, None
         result = loss_and_gradient(hidden_TH, targets_T, target_positions(targets_T), head, chunk_tokens=chunk_tokens)
         assert result.num_targets == int((targets_T != -100).sum())
@@ -52,7 +53,8 @@ class TestLossAndGradient:
         expected = F.cross_entropy(head(hidden_TH).float(), targets_T, reduction="sum")
         assert result.loss_sum.dtype == torch.float32
         torch.testing.assert_close(result.loss_sum, expected.detach())
-        assert result.gradient_TH is not None and result.gradient_TH.dtype == torch.bfloat16
+        assert result.gradient_TH is not None
+        assert result.gradient_TH.dtype == torch.bfloat16
 
     def test_without_targets_the_loss_is_zero_and_nothing_goes_back(self) -> None:
         hidden_TH, _, head = inputs()
@@ -65,13 +67,15 @@ class TestLossAndGradient:
         head.requires_grad_(False)
         result = loss_and_gradient(hidden_TH, targets_T, target_positions(targets_T), head)
         assert head.weight.grad is None
-        assert result.gradient_TH is not None and result.gradient_TH.any()
+        assert result.gradient_TH is not None
+        assert result.gradient_TH.any()
 
     def test_with_frozen_stages_before_only_the_head_learns(self) -> None:
         hidden_TH, targets_T, head = inputs()
         result = loss_and_gradient(hidden_TH.detach(), targets_T, target_positions(targets_T), head)
         assert result.gradient_TH is None
-        assert head.weight.grad is not None and head.weight.grad.any()
+        assert head.weight.grad is not None
+        assert head.weight.grad.any()
 
 
 class TestLossSum:
