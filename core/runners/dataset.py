@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from core.data.media import ImageProcessing
-from core.data.pipeline import Options, Result, build
+from core.data.pipeline import Result, build
+from core.data.prepare import Options
 from core.runners.context import RunContext, Stopped
 from core.specs.dataset import DatasetSpec
 

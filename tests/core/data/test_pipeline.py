@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from core.data import pipeline
 from core.data.dataset import TokenisedDataset
-from core.data.formats import Record, parse_record
+from core.data.formats import Record, parse_record, read_records
 from core.data.loader import build_batch
 from core.data.media import ImageProcessing
-from core.data.pipeline import Options, Refused, Result, build, choose_validation, prepare_all
+from core.data.pipeline import Result, build, choose_validation
+from core.data.prepare import Options, Refused, prepare_all
 from core.data.template import ChatTemplate
 from core.errors import InvalidDataset, InvalidModel
 from core.models.qwen2_5_vl.family import Config
@@ -272,7 +272,7 @@ class TestPrepareAll:
 
     def test_needs_no_process_for_small_work(self, options: Options) -> None:
         (options.source / "rows.json").write_text(json.dumps(GOOD))
-        records = pipeline.read_records(options.source / "rows.json")
+        records = read_records(options.source / "rows.json")
         assert len(list(prepare_all(options, records, num_workers=0))) == NUM_GOOD
 
 
