@@ -15,6 +15,7 @@ AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 HAS_APT := $(shell command -v apt-get)
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 .PHONY: help install demo serve test lint check bench clean
 
 help: ## Print this help.
