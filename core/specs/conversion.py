@@ -17,7 +17,7 @@ class ConversionSpec(JobInputs):
     source: ArtifactRef = Field(description="The weights to convert.")
     hf_source: ArtifactRef | None = Field(
         None,
-        description="mm_to_hf: Hugging Face folder for config and tokenizer files, when the source does not carry them.",
+        description="Hugging Face folder for config and tokenizer files, when an mm source does not carry them.",
     )
     parallel: ParallelSpec | None = Field(None, description="Layout to write (hf_to_mm, reshard).")
     source_parallel: ParallelSpec | None = Field(
@@ -36,11 +36,12 @@ class ConversionSpec(JobInputs):
         if self.operation != "mm_to_hf":
             if self.parallel is None:
                 raise ValueError(f"parallel is required with {self.operation}: it names the layout to write")
-            for name in ("hf_source", "max_shard_bytes"):
+            if self.max_shard_bytes is not None:
+                raise ValueError(f"max_shard_bytes has no effect with {self.operation}; it goes with mm_to_hf")
+        if self.operation == "hf_to_mm":
+            for name in ("source_parallel", "hf_source"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} has no effect with {self.operation}; it goes with mm_to_hf")
-        if self.operation == "hf_to_mm" and self.source_parallel is not None:
-            raise ValueError("source_parallel has no effect with hf_to_mm: the source is not split over ranks")
+                    raise ValueError(f"{name} has no effect with hf_to_mm: the source is a Hugging Face folder itself")
         if self.operation == "mm_to_hf" and self.canonical:
             raise ValueError("canonical has no effect with mm_to_hf: how the source is fused is read from its weights")
         return self
