@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -249,14 +249,18 @@ class Planner:
                 code="wrong_artifact_kind",
             )
         plan.disk_bytes = source.size_bytes
+        if source.config is None and "hf_source" in subjects:
+            source = replace(
+                source, metadata={**source.metadata, "config": subjects["hf_source"].metadata.get("config")}
+            )
         if wanted == "mm_checkpoint":
             self._source_layout(spec, source)
+            if source.config is None and source.job is None:
+                raise InvalidSpec(
+                    "spec.hf_source: the source carries no config.json; name the Hugging Face folder it came from"
+                )
         if source.config is not None and spec.parallel is not None:
             stages(source.config, spec.parallel)
-        if spec.operation == "mm_to_hf" and source.config is None and spec.hf_source is None:
-            raise InvalidSpec(
-                "spec.hf_source: the source carries no config.json; name the Hugging Face folder it came from"
-            )
 
     def _source_layout(self, spec: ConversionSpec, source: Subject) -> None:
         known = source.layout
