@@ -26,7 +26,9 @@ class DatasetSpec(JobInputs):
         None, ge=1, description="Use at most this many records, from the start of the file."
     )
     image_max_pixels: int = Field(262144, ge=784, description="Larger images are scaled down to this many pixels.")
-    image_min_pixels: int = Field(0, ge=0, description="Smaller images are scaled up to this many pixels.")
+    image_min_pixels: int | None = Field(
+        None, ge=0, description="Smaller images are scaled up to this many pixels; the model's own minimum if absent."
+    )
     on_bad_sample: Literal["skip", "fail"] = Field(
         "skip", description="A bad row is reported and skipped, or fails the job."
     )
@@ -39,7 +41,7 @@ class DatasetSpec(JobInputs):
             value = getattr(self, name)
             if value.startswith("/") or ".." in value.split("/") or "\\" in value or "\0" in value:
                 raise ValueError(f"{name} must be a relative path inside the source, got {value!r}")
-        if self.image_min_pixels > self.image_max_pixels:
+        if self.image_min_pixels is not None and self.image_min_pixels > self.image_max_pixels:
             raise ValueError(
                 f"image_min_pixels ({self.image_min_pixels}) must not exceed image_max_pixels ({self.image_max_pixels})"
             )

@@ -6,18 +6,13 @@ from core.errors import InvalidTransition
 from core.jobs import repository
 from core.jobs.lifecycle import FINISHED, TRANSITIONS, JobState, append_events, transition
 from core.settings import Settings
-from tests.factories import add_artifact, submit
+from tests.factories import LAYOUT_7B, hf_7b, submit
 
 
 @pytest.fixture
 def job_id(database: Database, settings: Settings) -> str:
     with database.write() as session:
-        source = add_artifact(session, "mm_checkpoint", {"parallel": {"llm_pp_layers": [[1]], "vit_pp_layers": [[1]]}})
-        spec = {
-            "operation": "mm_to_hf",
-            "source": {"artifact": source.id},
-            "hf_source": {"artifact": add_artifact(session, "hf_model").id},
-        }
+        spec = {"operation": "hf_to_mm", "source": {"artifact": hf_7b(session).id}, "parallel": LAYOUT_7B}
         return submit(session, settings, "conversion", spec).id
 
 
