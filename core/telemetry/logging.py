@@ -7,7 +7,7 @@ import sys
 from contextlib import AbstractContextManager
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
 
 from core.settings import Settings
 
@@ -21,6 +21,7 @@ def configure(settings: Settings, *, level: int = logging.INFO) -> None:
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),
+        _without_colours,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     final: list[Processor] = (
@@ -46,6 +47,12 @@ def configure(settings: Settings, *, level: int = logging.INFO) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
     )
+
+
+def _without_colours(_logger: object, _method: str, event: EventDict) -> EventDict:
+    """Uvicorn gives each message a second time, with terminal colours."""
+    event.pop("color_message", None)
+    return event
 
 
 def bind_job(job_id: str, attempt: int) -> AbstractContextManager[None]:
