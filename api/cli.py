@@ -115,8 +115,10 @@ def serve_api(
     port: Annotated[int | None, typer.Option(help="Port.", show_default="8400")] = None,
 ) -> None:
     """Start the API alone (cluster mode; PostgreSQL and Redis by TEMPER_DATABASE_URL and TEMPER_BROKER_URL)."""
+    from core.settings import Settings
+
     connection: Connection = context.obj
-    import_module("api.serve").run_api(home=connection.home, host=host, port=port)
+    import_module("api.serve").run_api(Settings(home=connection.home), host=host, port=port)
 
 
 @app.command(rich_help_panel="Service")

@@ -77,8 +77,14 @@ def jobs_table(jobs: Iterable[Job]) -> Table:
 def progress_text(job: Job) -> str:
     if job.progress is None or job.finished:
         return ""
-    done, total = job.progress.done, job.progress.total
-    return f"{done:g}/{total:g} {job.progress.unit}" if total else f"{done:g} {job.progress.unit}"
+    return count_text(job.progress.done, job.progress.total, job.progress.unit)
+
+
+def count_text(done: float, total: float | None, unit: str) -> str:
+    """How far something is, in its unit: 12/300 steps, 1.2 MB/3.4 GB."""
+    if unit == "bytes":
+        return f"{decimal(int(done))}/{decimal(int(total))}" if total else decimal(int(done))
+    return f"{done:,.0f}/{total:,.0f} {unit}" if total else f"{done:,.0f} {unit}"
 
 
 def job_details(job: Job) -> Table:
@@ -187,8 +193,7 @@ class JobView:
 
 
 def _count(progress: Mapping[str, Any]) -> str:
-    done, total, unit = progress.get("done", 0), progress.get("total"), progress.get("unit", "")
-    return f"{done:g}/{total:g} {unit}" if total else f"{done:g} {unit}"
+    return count_text(progress.get("done") or 0, progress.get("total"), str(progress.get("unit", "")))
 
 
 @contextmanager

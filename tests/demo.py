@@ -112,9 +112,12 @@ def walk(client: Client, places: Places, console: Console, *, train_iters: int) 
     answers = answer_with_transformers(places.checkpoint, [question.image for question in asked])
     agreed = sum(answer == question.answer for answer, question in zip(answers, asked, strict=True))
     console.print()
-    console.print(results_table(client, jobs, report, places))
-    console.print(f"loss  {loss_curve(client, jobs['train'])}")
-    console.print(f"downloaded {download.files} files, {decimal(download.size)}, every SHA-256 right")
+    console.print(results_table(client, jobs, report))
+    console.print(f"loss      {loss_curve(client, jobs['train'])}")
+    console.print(
+        f"export    {places.checkpoint}: {download.files} files, {decimal(download.size)}, every SHA-256 right"
+    )
+    console.print(f"report    {places.results / 'report.html'}")
     console.print(f"\n{as_text(asked[0].image)}", highlight=False)
     said = f"transformers says [bold]{answers[0]}[/], Temper said {asked[0].answer}, it is {asked[0].reference}"
     console.print(f"{QUESTION}  {said}; of {len(asked)} held-out images both answer {agreed} alike")
@@ -190,15 +193,15 @@ def answer_with_transformers(checkpoint: Path, images: list[Path]) -> list[str]:
     return answers
 
 
-def results_table(client: Client, jobs: dict[str, Job], report: Report, places: Places) -> Table:
+def results_table(client: Client, jobs: dict[str, Job], report: Report) -> Table:
     table = Table("station", "job", "time", "result", title="from Hugging Face weights to a fine-tuned checkpoint")
+    table.columns[1].no_wrap = table.columns[2].no_wrap = True
     train = client.metrics(jobs["train"].id, names=["loss", "tokens_per_second"])
     losses = [value for _, _, value in train["loss"] if value is not None]
     speed = [value for _, _, value in train["tokens_per_second"] if value is not None]
     results = {
-        "train": f"loss {losses[0]:.3f} → {losses[-1]:.3f}, {sorted(speed)[len(speed) // 2]:,.0f} tokens/s",
-        "evaluate": f"exact match: before {report.before:.1%}, after [bold]{report.after:.1%}[/]  ({places.results})",
-        "export": str(places.checkpoint),
+        "train": f"loss {losses[0]:.2f} → {losses[-1]:.2f}, {sorted(speed)[len(speed) // 2]:,.0f} tokens/s",
+        "evaluate": f"exact match {report.before:.1%} → [bold]{report.after:.1%}[/]",
     }
     for station, job in jobs.items():
         seconds = terminal.duration_s(job)
