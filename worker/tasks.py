@@ -15,8 +15,6 @@ from core.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_started: list[subprocess.Popen[bytes]] = []
-
 
 def tick(database: Database, settings: Settings) -> None:
     """Run one round of the scheduler."""
@@ -25,7 +23,6 @@ def tick(database: Database, settings: Settings) -> None:
 
 def launch(database: Database, settings: Settings, lease_id: str) -> None:
     """Start the supervisor of a lease as a process of its own; a message that comes twice or late does nothing."""
-    _started[:] = [process for process in _started if process.poll() is None]
     with database.read() as session:
         lease = session.get(Lease, lease_id)
     if lease is None or lease.state != "pending" or lease.node != settings.node_name:
@@ -34,13 +31,14 @@ def launch(database: Database, settings: Settings, lease_id: str) -> None:
     logs = settings.home_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     with (logs / f"supervisor-{settings.node_name}.log").open("ab") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "worker.supervisor", lease_id],
+        # setsid(1) --fork returns at once and leaves a process that is nobody's child: no signal, end or restart of
+        # this worker reaches it, and nobody has to reap it.
+        subprocess.run(
+            ["setsid", "--fork", sys.executable, "-m", "worker.supervisor", lease_id],
             env={**os.environ, **settings.environment()},
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
-            start_new_session=True,
+            check=True,
         )
-    _started.append(process)
-    log.info("supervisor.started", lease_id=lease_id, pid=process.pid)
+    log.info("supervisor.started", lease_id=lease_id)

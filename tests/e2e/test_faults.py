@@ -100,7 +100,7 @@ class Service:
         loss = self.client.metrics(job.id, names=["loss"])["loss"]
         assert [step for step, _, _ in loss] == list(range(1, ITERATIONS + 1))
         history = list(self.client.history(job.id))
-        assert [event.data["seq"] for event in history] == list(range(1, len(history) + 1))
+        assert [int(event.id or 0) for event in history] == list(range(1, len(history) + 1))
         log = b"".join(self.client.follow_logs(job.id)).decode()
         steps = [int(step) for step in re.findall(r"iteration (\d+)/", log)]
         assert steps == list(range(steps[0], ITERATIONS + 1))
@@ -156,7 +156,7 @@ class TestKilled:
             service.server.kill_worker(node)
         else:
             for process in service.processes("worker"):
-                kill_tree(process.pid)
+                process.kill()
         service.finished(job)
         service.check_history(job, attempts=1)
         if isinstance(service.server, TemperCluster):
@@ -221,7 +221,9 @@ class TestCluster:
         job = cluster.train()
         cluster.wait_for_step(job, 8)
         redis.stop()
-        late = cluster.client.submit("conversion", {"operation": "mm_to_hf", "source": {"job": cluster.made["convert"]}})
+        late = cluster.client.submit(
+            "conversion", {"operation": "mm_to_hf", "source": {"job": cluster.made["convert"]}}
+        )
         cluster.wait_for_step(job, 25)
         redis.start()
         cluster.finished(job)
