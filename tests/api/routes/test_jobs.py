@@ -1,0 +1,234 @@
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+
+from core.db.models import Artifact, Attempt, Event, IdempotencyKey, Job, Lease
+from core.jobs.lifecycle import JobState, transition
+from tests.api.conftest import Api
+from tests.api.problems import problem
+from tests.factories import add_artifact
+
+
+def count(api: Api, model: type[Any]) -> int:
+    with api.database.read() as session:
+        return int(session.query(model).count())
+
+
+def fail(api: Api, job_id: str) -> None:
+    with api.database.write() as session:
+        transition(session, session.get_one(Job, job_id), JobState.FAILED, "for the test")
+
+
+class TestSubmit:
+    def test_anonymous(self, api: Api) -> None:
+        answer = api.post("/v1/jobs", api.conversion(), by=None)
+        problem(answer, 401, "unauthenticated")
+        assert answer.headers["www-authenticate"] == "Bearer"
+
+    def test_unknown_key(self, api: Api) -> None:
+        problem(api.get("/v1/jobs", by=None, headers={"Authorization": "Bearer temper_0"}), 401, "unauthenticated")
+
+    def test_foreign_artifact(self, api: Api) -> None:
+        body = api.conversion()
+        answer = api.post("/v1/jobs", body, by="bob")
+        assert body["spec"]["source"]["artifact"] in problem(answer, 404, "not_found")["detail"]
+
+    def test_refusal_names_field_and_remedy(self, api: Api) -> None:
+        body = api.conversion()
+        body["spec"]["parallel"] = {"tp_size": 8, "llm_pp_layers": [[28]], "vit_pp_layers": [[32]]}
+        refused = problem(api.post("/v1/jobs", body), 422, "incompatible_plan")
+        assert "8" in refused["detail"]
+        assert count(api, Job) == 0
+
+    def test_answers_with_the_job(self, api: Api) -> None:
+        body = api.conversion(name="split it", labels={"team": "vision"}, priority=3)
+        answer = api.post("/v1/jobs", body)
+        assert answer.status_code == 201
+        job = answer.json()
+        assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
+        assert (job["name"], job["labels"], job["priority"], job["owner"]) == (
+            "split it",
+            {"team": "vision"},
+            3,
+            "alice",
+        )
+        assert (job["state"], job["attempts"], job["outputs"], job["error"]) == ("queued", [], [], None)
+        assert job["inputs"] == [
+            {
+                "field": "source",
+                "artifact": body["spec"]["source"]["artifact"],
+                "job": None,
+                "output": None,
+                "path": None,
+            }
+        ]
+        assert datetime.fromisoformat(job["created_at"].replace("Z", "+00:00")).tzinfo is not None
+
+
+class TestIdempotency:
+    def test_same_request_has_one_effect_and_one_answer(self, api: Api) -> None:
+        body, headers = api.conversion(), {"Idempotency-Key": "k1"}
+        first, second = (api.post("/v1/jobs", body, headers=headers) for _ in range(2))
+        assert first.status_code == second.status_code == 201
+        assert first.json() == second.json()
+        assert first.headers["location"] == second.headers["location"]
+        assert second.headers["idempotent-replayed"] == "true"
+        assert count(api, Job) == 1
+
+    def test_other_body_is_refused(self, api: Api) -> None:
+        headers = {"Idempotency-Key": "k1"}
+        api.post("/v1/jobs", api.conversion(), headers=headers)
+        problem(api.post("/v1/jobs", api.conversion(name="other"), headers=headers), 422, "idempotency_key_reused")
+        assert count(api, Job) == 1
+
+    def test_keys_of_users_do_not_meet(self, api: Api) -> None:
+        headers = {"Idempotency-Key": "k1"}
+        api.post("/v1/jobs", api.conversion(), headers=headers)
+        assert api.post("/v1/jobs", api.conversion(), headers=headers, by="admin").status_code == 201
+        assert count(api, Job) == 2
+
+    def test_refusal_leaves_the_key_free(self, api: Api) -> None:
+        body, headers = api.conversion(), {"Idempotency-Key": "k1"}
+        wrong = {**body, "spec": {**body["spec"], "source": {"artifact": "art_" + "0" * 26}}}
+        problem(api.post("/v1/jobs", wrong, headers=headers), 404, "not_found")
+        assert api.post("/v1/jobs", body, headers=headers).status_code == 201
+
+    def test_expired_key_is_new_again(self, api: Api) -> None:
+        body, headers = api.conversion(), {"Idempotency-Key": "k1"}
+        api.post("/v1/jobs", body, headers=headers)
+        with api.database.write() as session:
+            session.query(IdempotencyKey).update({"created_at": datetime.now(timezone.utc) - timedelta(hours=25)})
+        answer = api.post("/v1/jobs", body, headers=headers)
+        assert answer.status_code == 201
+        assert "idempotent-replayed" not in answer.headers
+        assert count(api, Job) == 2
+
+    @pytest.mark.parametrize("key", ["", "x" * 256, "a\tb"])
+    def test_malformed_key(self, api: Api, key: str) -> None:
+        problem(api.post("/v1/jobs", api.conversion(), headers={"Idempotency-Key": key}), 422, "invalid_spec")
+
+
+class TestPlan:
+    def test_anonymous(self, api: Api) -> None:
+        problem(api.post("/v1/jobs/plan", api.conversion(), by=None), 401, "unauthenticated")
+
+    def test_says_what_it_needs_and_stores_nothing(self, api: Api) -> None:
+        answer = api.post("/v1/jobs/plan", api.conversion())
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["resources"] == {"nodes": 1, "devices_per_node": 0}
+        assert count(api, Job) == 0
+
+
+class TestList:
+    def test_anonymous(self, api: Api) -> None:
+        problem(api.get("/v1/jobs", by=None), 401, "unauthenticated")
+
+    def test_users_see_their_own_and_admins_all(self, api: Api) -> None:
+        mine, theirs = api.submit(), api.submit(by="admin")
+        assert [job["id"] for job in api.get("/v1/jobs").json()["data"]] == [mine]
+        assert [job["id"] for job in api.get("/v1/jobs", by="admin").json()["data"]] == [theirs, mine]
+
+    def test_pages_give_each_job_once(self, api: Api) -> None:
+        jobs = [api.submit() for _ in range(5)]
+        seen, after = [], None
+        while True:
+            page = api.get("/v1/jobs", params={"limit": 2} | ({"after": after} if after else {})).json()
+            seen += [job["id"] for job in page["data"]]
+            after = page["next"]
+            assert page["has_more"] == (after is not None)
+            if not page["has_more"]:
+                break
+        assert sorted(seen) == sorted(jobs)
+        assert seen == sorted(seen, reverse=True)
+
+    @pytest.mark.parametrize(
+        ("query", "found"),
+        [
+            ({"kind": "conversion"}, 2),
+            ({"kind": "training"}, 0),
+            ({"state": ["queued", "failed"]}, 2),
+            ({"state": "failed"}, 1),
+            ({"label": "team=vision"}, 1),
+            ({"label": "team"}, 2),
+            ({"label": ["team", "a.b/c=x=y"]}, 1),
+            ({"label": "team=vis"}, 0),
+            ({"created_after": "2020-01-01T00:00:00Z"}, 2),
+            ({"created_before": "2020-01-01T00:00:00+02:00"}, 0),
+        ],
+    )
+    def test_filters(self, api: Api, query: dict[str, Any], found: int) -> None:
+        api.submit(labels={"team": "vision"})
+        fail(api, api.submit(labels={"team": "speech", "a.b/c": "x=y"}))
+        answer = api.get("/v1/jobs", params=query)
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["data"]) == found
+
+    def test_naive_time_is_refused(self, api: Api) -> None:
+        problem(api.get("/v1/jobs?created_after=2020-01-01T00:00:00"), 422, "invalid_spec")
+
+
+class TestGet:
+    def test_anonymous(self, api: Api) -> None:
+        problem(api.get(f"/v1/jobs/{api.submit()}", by=None), 401, "unauthenticated")
+
+    def test_foreign_job_does_not_exist(self, api: Api) -> None:
+        problem(api.get(f"/v1/jobs/{api.submit()}", by="bob"), 404, "not_found")
+
+    def test_shows_attempts_outputs_and_progress(self, api: Api) -> None:
+        job_id, now = api.submit(), datetime.now(timezone.utc)
+        with api.database.write() as session:
+            session.add(Attempt(id="att_1", job_id=job_id, number=1, state="running", started_at=now))
+            session.flush()
+            lease = {"token": "t", "state": "held", "expires_at": now, "created_at": now, "shipped": {}}
+            session.add(Lease(id="lea_1", attempt_id="att_1", node="node-a", node_rank=0, devices=[2, 3], **lease))
+            first = add_artifact(session, "mm_checkpoint", job_id=job_id, name="checkpoint")
+            last = add_artifact(session, "mm_checkpoint", job_id=job_id, name="checkpoint")
+            job = session.get_one(Job, job_id)
+            job.progress = {"done": 3, "total": 10, "unit": "tensors", "rate": 1.5}
+            job.latest_metrics = {"step": 3, "loss": None}
+        shown = api.get(f"/v1/jobs/{job_id}").json()
+        assert shown["attempts"][0]["placement"] == [
+            {"node": "node-a", "node_rank": 0, "devices": [2, 3], "state": "held"}
+        ]
+        assert shown["progress"] == {"done": 3, "total": 10, "unit": "tensors", "rate": 1.5}
+        assert shown["latest_metrics"] == {"step": 3, "loss": None}
+        assert [output["artifact_id"] for output in shown["outputs"]] == [last.id]
+        assert first.id != last.id
+
+
+class TestCancel:
+    def test_anonymous(self, api: Api) -> None:
+        problem(api.post(f"/v1/jobs/{api.submit()}/cancel", by=None), 401, "unauthenticated")
+
+    def test_foreign_job_does_not_exist(self, api: Api) -> None:
+        problem(api.post(f"/v1/jobs/{api.submit()}/cancel", by="bob"), 404, "not_found")
+
+    def test_twice_changes_nothing(self, api: Api) -> None:
+        job_id = api.submit()
+        states = [api.post(f"/v1/jobs/{job_id}/cancel").json()["state"] for _ in range(2)]
+        assert states == ["cancelled", "cancelled"]
+        assert count(api, Event) == 2
+
+    def test_failed_job_is_a_conflict(self, api: Api) -> None:
+        job_id = api.submit()
+        fail(api, job_id)
+        problem(api.post(f"/v1/jobs/{job_id}/cancel"), 409, "conflict")
+
+
+class TestRetry:
+    def test_anonymous(self, api: Api) -> None:
+        problem(api.post(f"/v1/jobs/{api.submit()}/retry", by=None), 401, "unauthenticated")
+
+    def test_puts_a_failed_job_in_line_again(self, api: Api) -> None:
+        job_id = api.submit()
+        fail(api, job_id)
+        assert [api.post(f"/v1/jobs/{job_id}/retry").json()["state"] for _ in range(2)] == ["queued", "queued"]
+
+    def test_refuses_one_that_succeeded(self, api: Api) -> None:
+        job_id = api.submit()
+        with api.database.write() as session:
+            for state in (JobState.STARTING, JobState.RUNNING, JobState.SUCCEEDED):
+                transition(session, session.get_one(Job, job_id), state)
+        problem(api.post(f"/v1/jobs/{job_id}/retry"), 409, "conflict")
+        assert count(api, Artifact) == 1
