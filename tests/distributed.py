@@ -28,8 +28,10 @@ def run(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 60) -
     `fn` must be importable (a module-level function). Raises RankFailed with the rank and its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("forkserver")  # torch is imported once, in the server, before it has any thread
-        context.set_forkserver_preload(["torch", "torch.distributed", __name__])
+        context = mp.get_context("forkserver")  # torch (torch.optim needs _dynamo) is imported once, in the server
+        context.set_forkserver_preload(
+            ["torch._dynamo", "core.training.wiring", "core.conversion.mm", "core.data.loader", __name__]
+        )
         processes = [
             context.Process(target=_main, args=(fn, rank, world, folder, timeout_s, args)) for rank in range(world)
         ]

@@ -43,6 +43,8 @@ WHOLE = {"llm_pp_layers": [[2]], "vit_pp_layers": [[2]]}
 SPLIT = {"llm_pp_layers": [[0, 2]], "vit_pp_layers": [[2, 0]]}
 NUM_ROWS = 6
 
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def hf_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
