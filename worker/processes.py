@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -27,7 +28,13 @@ class ProcessTree:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         with log.open("ab") as stream:
             self._child = subprocess.Popen(
-                argv, env=dict(env), stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+                argv,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
         self.pid = self._child.pid
 
@@ -72,6 +79,11 @@ class ProcessTree:
                     os.waitpid(process.pid, os.WNOHANG)
                 except ChildProcessError:
                     continue
+
+
+def _die_with_parent() -> None:
+    """In the new process: have the kernel kill it when the supervisor ends, however that ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _send(process: psutil.Process, number: signal.Signals) -> None:

@@ -60,42 +60,48 @@ class Grip:
             yield session, session.get_one(Lease, self.lease_id, populate_existing=True)
 
 
+@dataclass(frozen=True)
+class Spool:
+    """The files of one host's part of one attempt, and the lease whose row says how much of them is stored."""
+
+    lease_id: str
+    attempt_id: str
+    number: int
+    leader: bool
+    ranks: Sequence[int]
+
+
 class Shipper:
-    """Ships one host's spool of one attempt."""
+    """Ships a spool under the grip of the lease that is held now.
+
+    The spool is that lease's own, or (`current` false) that of a lost attempt whose supervisor could not finish.
+    """
 
     def __init__(
-        self,
-        database: Database,
-        settings: Settings,
-        grip: Grip,
-        *,
-        job_id: str,
-        attempt_id: str,
-        number: int,
-        leader: bool,
-    ):
-        self._database, self._grip = database, grip
-        self._job_id, self._attempt_id, self._number, self._leader = job_id, attempt_id, number, leader
+        self, database: Database, settings: Settings, grip: Grip, *, job_id: str, spool: Spool, current: bool = True
+    ) -> None:
+        self._database, self._grip, self._job_id, self._spool, self._current = database, grip, job_id, spool, current
         self._store = Store(settings.store_dir)
-        self._dir = self._store.attempt_dir(job_id, number)
+        self._dir = self._store.attempt_dir(job_id, spool.number)
         self._seen_sizes: dict[Path, int] = {}
         self.error: Failed | None = None
 
-    def ship(self, ranks: Sequence[int], *, drain: bool = False) -> None:
+    def ship(self, *, drain: bool = False) -> None:
         """Store what is new; with `drain`, everything that is there."""
-        streams = [(rank, self._dir / "logs" / f"rank_{rank}.log") for rank in ranks]
-        if self._leader:
+        streams = [(rank, self._dir / "logs" / f"rank_{rank}.log") for rank in self._spool.ranks]
+        if self._spool.leader:
             streams.insert(0, (MAIN_LOG, self._dir / "run.log"))
         events = self._dir / "events.jsonl"
-        sources = [path for _, path in streams] + ([events] if self._leader else [])
+        sources = [path for _, path in streams] + ([events] if self._spool.leader else [])
         while any(_size(path) != self._seen_sizes.get(path, 0) for path in sources):
             sizes = {path: _size(path) for path in sources}
             full = False
-            with self._grip.write(self._database) as (session, lease):
+            with self._grip.write(self._database) as (session, _):
+                lease = session.get_one(Lease, self._spool.lease_id, populate_existing=True)
                 shipped = dict(lease.shipped)
                 for rank, path in streams:
                     full |= self._ship_log(session, shipped, rank, path)
-                if self._leader:
+                if self._spool.leader:
                     full |= self._ship_events(session, shipped, events)
                 lease.shipped = shipped
             if not full:
@@ -108,7 +114,9 @@ class Shipper:
         piece = _read(path, offset)
         if piece:
             data = zlib.compress(piece)
-            session.add(LogChunk(attempt_id=self._attempt_id, rank=rank, offset=offset, size=len(piece), data=data))
+            session.add(
+                LogChunk(attempt_id=self._spool.attempt_id, rank=rank, offset=offset, size=len(piece), data=data)
+            )
             shipped[f"log:{rank}"] = offset + len(piece)
         return len(piece) == _BATCH_BYTES
 
@@ -129,8 +137,8 @@ class Shipper:
             data = event.model_dump(exclude={"type"})
             match event:
                 case Started():
-                    if job.state == JobState.STARTING.value:
-                        transition(session, job, JobState.RUNNING, "the runner has started", attempt=self._number)
+                    if self._current and job.state == JobState.STARTING.value:
+                        transition(session, job, JobState.RUNNING, "the runner has started", attempt=self._spool.number)
                 case Progress():
                     if index != last_progress:
                         continue  # of the progress that came at once only the last matters
@@ -151,7 +159,7 @@ class Shipper:
                     rows.append((event.type, None, data))
         session.flush()
         if rows:
-            append_events(session, self._job_id, rows, attempt=self._number)
+            append_events(session, self._job_id, rows, attempt=self._spool.number)
 
     def _record(self, session: Session, job: Job, event: ArtifactReady) -> None:
         session.add(

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -35,7 +35,7 @@ from core.storage.local import Store
 from core.telemetry.logging import configure
 from worker.launch import Launch, Part, command
 from worker.processes import ProcessTree
-from worker.shipping import Fenced, Grip, Shipper
+from worker.shipping import Fenced, Grip, Shipper, Spool
 
 log = structlog.get_logger(__name__)
 
@@ -65,8 +65,13 @@ class Task:
     @property
     def ranks(self) -> range:
         """The ranks that run on this host."""
-        per_node = max(1, len(self.devices))
-        return range(self.node_rank * per_node, (self.node_rank + 1) * per_node)
+        return ranks_of(self.node_rank, self.devices)
+
+
+def ranks_of(node_rank: int, devices: Sequence[int]) -> range:
+    """The ranks that a host runs; one process without a device counts as one."""
+    per_node = max(1, len(devices))
+    return range(node_rank * per_node, (node_rank + 1) * per_node)
 
 
 class Supervisor:
@@ -79,15 +84,8 @@ class Supervisor:
         self.build_command = build_command
         self.store = Store(settings.store_dir)
         self.attempt_dir = self.store.attempt_dir(task.job_id, task.number)
-        self.shipper = Shipper(
-            database,
-            settings,
-            task.grip,
-            job_id=task.job_id,
-            attempt_id=task.attempt_id,
-            number=task.number,
-            leader=task.leader,
-        )
+        spool = Spool(task.grip.lease_id, task.attempt_id, task.number, task.leader, task.ranks)
+        self.shipper = Shipper(database, settings, task.grip, job_id=task.job_id, spool=spool)
         self.renewed = self.shipped = time.monotonic()
         self.stopping_since: float | None = None
         self.next_term_s = 0.0
@@ -119,6 +117,7 @@ class Supervisor:
         if self.task.num_nodes > 1:
             rendezvous = self._offer_rendezvous() if self.task.leader else self._await_rendezvous()
         if self.task.leader:
+            self._ship_leftovers()
             self._write_job_file()
         else:
             self._until((self.attempt_dir / "job.json").exists)
@@ -130,6 +129,23 @@ class Supervisor:
             rendezvous=rendezvous,
         )
         return self.build_command(part, self.attempt_dir, base_env=os.environ, num_cores=os.cpu_count() or 1)
+
+    def _ship_leftovers(self) -> None:
+        """Store what lost attempts had written when their supervisors ended: nothing that a runner said is lost."""
+        with self.database.read() as session:
+            spools = [
+                Spool(
+                    lease.id, attempt.id, attempt.number, lease.node_rank == 0, ranks_of(lease.node_rank, lease.devices)
+                )
+                for attempt in repository.attempts(session, self.task.job_id)
+                if attempt.state == "lost"
+                for lease in repository.leases(session, attempt.id)
+            ]
+        for spool in spools:
+            leftovers = Shipper(
+                self.database, self.settings, self.task.grip, job_id=self.task.job_id, spool=spool, current=False
+            )
+            leftovers.ship(drain=True)
 
     def _write_job_file(self) -> None:
         with self.database.read() as session:
@@ -206,7 +222,7 @@ class Supervisor:
             return
         self.shipped = now
         try:
-            self.shipper.ship(self.task.ranks)
+            self.shipper.ship()
         except SQLAlchemyError as error:
             self._tolerate(error)
 
@@ -239,7 +255,7 @@ class Supervisor:
         """Ship the rest and record the outcome; try again while the database is away and the lease holds."""
         while True:
             try:
-                self.shipper.ship(self.task.ranks, drain=True)
+                self.shipper.ship(drain=True)
                 with self.task.grip.write(self.database) as (session, lease):
                     lease.state, lease.exit_code = "released", code
                     if self.task.leader:

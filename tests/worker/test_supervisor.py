@@ -18,7 +18,7 @@ from core.jobs import dispatch, repository, service
 from core.settings import Settings
 from core.storage.local import Store
 from tests.factories import LAYOUT_7B, add_node, hf_7b, submit
-from tests.services import REPOSITORY, kill_home, wait_until
+from tests.services import REPOSITORY, wait_until
 from worker.supervisor import claim
 
 PRELUDE = """
@@ -236,16 +236,22 @@ class TestLease:
     def test_the_killed_supervisors_job_comes_back_and_runs_again(self, bench: Bench) -> None:
         process = bench.start("print(os.getpid(), flush=True)\ntime.sleep(600)")
         bench.wait_for(lambda job: job.state == "running" and len(bench.log()) > 0)
+        pid = int(bench.log())
         process.kill()
         process.wait()
+        wait_until(lambda: not alive(pid), timeout_s=5, what="the runner to die with its supervisor")
+        with (bench.attempt_dir / "run.log").open("ab") as log:
+            log.write(b"last words")
         wait_until(
             lambda: (dispatch.tick(bench.database, bench.settings), self.second(bench))[1],
             timeout_s=20,
             what="a second attempt",
         )
-        kill_home(bench.settings.home)
+        first = bench.attempt_id
         bench.place()
         assert bench.run("print('again')").state == "succeeded"
+        with bench.database.read() as session:
+            assert repository.read_log(session, first, repository.MAIN_LOG, 0, 100) == b"%d\nlast words" % pid
 
     def second(self, bench: Bench) -> bool:
         with bench.database.read() as session:
