@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gzip
 import hashlib
-import lzma
 import os
 import shutil
 import stat
@@ -33,6 +33,7 @@ from core.storage.local import Store
 from core.storage.manifest import Manifest, describe, hash_file
 
 _BLOCK = 1 << 20
+_MAX_HEADER_BYTES = 1 << 20
 _FREE_RATIO_BYTES = 64 << 20
 """Up to this size an archive may unpack to without regard to the ratio: short texts compress well, and fill no disk."""
 _ROOT_MARKS = {"hf_model": "config.json", "mm_checkpoint": "latest_checkpointed_iteration.txt"}
@@ -312,14 +313,15 @@ def unpack(path: Path, filename: str, root: Path, limits: Limits) -> dict[str, s
         if lower.endswith(".zip"):
             return _unpack_zip(path, root, limits)
         if lower.endswith(".tar"):
-            return _unpack_tar(path, "r|", root, limits)
+            with path.open("rb") as plain:
+                return _unpack_tar(plain, root, limits)
         if lower.endswith((".tar.gz", ".tgz")):
-            return _unpack_tar(path, "r|gz", root, limits)
+            with gzip.open(path) as packed:
+                return _unpack_tar(packed, root, limits)  # type: ignore[arg-type]  # a GzipFile is read like any file
     except (
         tarfile.TarError,
         zipfile.BadZipFile,
         zlib.error,
-        lzma.LZMAError,
         EOFError,
         NotImplementedError,
         ValueError,
@@ -346,9 +348,24 @@ def safe_path(name: str) -> str:
     return "/".join(parts)
 
 
-def _unpack_tar(path: Path, mode: str, root: Path, limits: Limits) -> dict[str, str]:
-    digests = {}
-    with tarfile.open(path, mode, errorlevel=2) as archive:  # type: ignore[call-overload]  # the stubs want a literal mode
+class _Metered:
+    """An archive's stream, which lets no header grow without bounds: tarfile would take a pax header of any size into memory."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._headers, self.in_content = stream, 0, False
+
+    def read(self, size: int = -1) -> bytes:
+        """Read on; UnsafeArchive when too much came since the last content."""
+        piece = self._stream.read(size)
+        self._headers = 0 if self.in_content else self._headers + len(piece)
+        if self._headers > _MAX_HEADER_BYTES:
+            raise UnsafeArchive(f"the archive has a header of more than {_MAX_HEADER_BYTES} bytes")
+        return piece
+
+
+def _unpack_tar(stream: IO[bytes], root: Path, limits: Limits) -> dict[str, str]:
+    digests, metered = {}, _Metered(stream)
+    with tarfile.open(fileobj=metered, mode="r|", errorlevel=2) as archive:  # type: ignore[call-overload]  # it only reads
         for member in archive:
             archive.members = []  # else every header of a long archive stays in memory
             limits.entry()
@@ -362,7 +379,11 @@ def _unpack_tar(path: Path, mode: str, root: Path, limits: Limits) -> dict[str, 
             limits.name(name)
             content = archive.extractfile(member)
             assert content is not None
+            metered.in_content = True
             digests[name] = _write(content, _target(root, name), member.size, limits)
+            metered.in_content = False
+    while rest := stream.read(_BLOCK):  # padding, and to where gzip checks its sum
+        limits.grow(len(rest))
     return digests
 
 
