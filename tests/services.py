@@ -410,7 +410,9 @@ class TemperCluster:
 
     def kill_worker(self, node_name: str) -> None:
         """-9 to the Celery worker and its pool; what it had started and detached lives on."""
-        kill_tree(self.workers.pop(node_name).pid)
+        process = self.workers.pop(node_name)
+        kill_tree(process.pid)
+        process.wait()
 
     def stop_api(self) -> None:
         stop_process(self.api)
