@@ -11,11 +11,13 @@ In float32 the flat weights are what AdamW updates; in bfloat16 it updates float
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from core.parallel.data import FlatBuffer
 from core.parallel.mesh import Mesh
@@ -53,34 +55,52 @@ def build_schedule(spec: OptimizerSpec, train_iters: int) -> Schedule:
     return Schedule(spec.lr, spec.min_lr, spec.lr_decay_style, spec.lr_warmup_fraction * train_iters, train_iters)
 
 
+@dataclass
+class Group:
+    """Parameters with one weight decay, in one flat buffer, and AdamW's state of them; all float32 but the buffer's weights."""
+
+    buffer: FlatBuffer
+    weight_decay: float
+    master: Tensor
+    """What AdamW updates: the buffer's own weights, or a float32 copy of bfloat16 ones."""
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    num_steps: Tensor
+    """Scalar: updates so far; on the host where reading it would otherwise wait for the device."""
+
+    @classmethod
+    def of(cls, parameters: list[tuple[str, nn.Parameter]], weight_decay: float) -> Group:
+        """Lay the parameters into a flat buffer, with state as before the first update."""
+        buffer = FlatBuffer(parameters)
+        weights = buffer.weights
+        master = weights if weights.dtype == torch.float32 else weights.float()
+        num_steps = torch.zeros((), device=master.device if _has_fused_adamw(master) else "cpu")
+        return cls(buffer, weight_decay, master, torch.zeros_like(master), torch.zeros_like(master), num_steps)
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether the master weights are a copy."""
+        return self.master is not self.buffer.weights
+
+
 class Optimizer:
     """The trained parameters of this rank, their gradients, and AdamW's state."""
 
     def __init__(self, model: nn.Module, spec: OptimizerSpec, mesh: Mesh) -> None:
         """Lay the trained parameters of `model` into flat buffers; the model keeps using them as views."""
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        decayed = [(name, parameter) for name, parameter in trained if parameter.ndim > 1]
-        plain = [(name, parameter) for name, parameter in trained if parameter.ndim <= 1]
+        matrices = [(name, parameter) for name, parameter in trained if parameter.ndim > 1]
+        vectors = [(name, parameter) for name, parameter in trained if parameter.ndim <= 1]
+        decays = ((matrices, spec.weight_decay), (vectors, 0.0))
         self.mesh = mesh
-        self.clip_grad = spec.clip_grad
-        self.buffers = [FlatBuffer(named) for named in (decayed, plain) if named]
-        decays = [spec.weight_decay] * bool(decayed) + [0.0] * bool(plain)
-        self.masters = [
-            buffer.weights if buffer.weights.dtype == torch.float32 else buffer.weights.float()
-            for buffer in self.buffers
-        ]
-        self._adamw: torch.optim.AdamW | None = None
-        if self.buffers:
-            groups = [
-                {"params": [nn.Parameter(master)], "weight_decay": decay}
-                for master, decay in zip(self.masters, decays, strict=True)
-            ]
-            fused = self.masters[0].device.type in ("cpu", "cuda")
-            betas = (spec.adam_beta1, spec.adam_beta2)
-            self._adamw = torch.optim.AdamW(groups, lr=spec.lr, betas=betas, eps=spec.adam_eps, fused=fused)
-            for group, buffer in zip(self._adamw.param_groups, self.buffers, strict=True):
-                group["params"][0].grad = buffer.gradients
+        self.spec = spec
+        self.groups = [Group.of(named, decay) for named, decay in decays if named]
         self._tied = self._tied_gradient()
+
+    @property
+    def buffers(self) -> list[FlatBuffer]:
+        """The flat buffers of all groups."""
+        return [group.buffer for group in self.groups]
 
     def clear_gradients(self) -> None:
         """Set all gradients to zero, before the first micro-batch of a step."""
@@ -111,18 +131,35 @@ class Optimizer:
         """Divide by the number of targets, clip, update. `squared_norm` is of the undivided sums. Return the norm before clipping."""
         norm = math.sqrt(max(squared_norm, 0.0)) / num_targets
         scale = 1.0 / num_targets
-        if self.clip_grad > 0 and norm > self.clip_grad:
-            scale *= self.clip_grad / (norm + 1e-6)
-        if self._adamw is None:
-            return norm
-        for group, buffer in zip(self._adamw.param_groups, self.buffers, strict=True):
-            group["lr"] = learning_rate
-            buffer.gradients.mul_(scale)
-        self._adamw.step()
-        for master, buffer in zip(self.masters, self.buffers, strict=True):
-            if master is not buffer.weights:
-                buffer.weights.copy_(master)
+        if self.spec.clip_grad > 0 and norm > self.spec.clip_grad:
+            scale *= self.spec.clip_grad / (norm + 1e-6)
+        for group in self.groups:
+            group.buffer.gradients.mul_(scale)
+            self._adamw(group, learning_rate)
+            if group.has_copy:
+                group.buffer.weights.copy_(group.master)
         return norm
+
+    @torch.no_grad()
+    def _adamw(self, group: Group, learning_rate: float) -> None:
+        """Update the master weights by torch's AdamW (its function: the class would load the compiler, which takes seconds)."""
+        spec = self.spec
+        adamw(
+            [group.master],
+            [group.buffer.gradients],
+            [group.exp_avg],
+            [group.exp_avg_sq],
+            [],
+            [group.num_steps],
+            fused=_has_fused_adamw(group.master),
+            amsgrad=False,
+            beta1=spec.adam_beta1,
+            beta2=spec.adam_beta2,
+            lr=learning_rate,
+            weight_decay=group.weight_decay,
+            eps=spec.adam_eps,
+            maximize=False,
+        )
 
     def non_finite_parameters(self) -> list[str]:
         """Return the names of parameters whose gradient holds a NaN or infinity."""
@@ -134,50 +171,30 @@ class Optimizer:
         ]
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return AdamW's state by parameter name: `exp_avg`, `exp_avg_sq`, `step`, and `master` where weights are not float32.
+        """Return AdamW's state by parameter name: `exp_avg`, `exp_avg_sq`, `step`, and `master` where it is a copy.
 
         The tensors are views: write them out before the next step.
         """
         state: dict[str, dict[str, Tensor]] = {}
-        for buffer, master, flat in zip(self.buffers, self.masters, self._flat_states(), strict=True):
-            for slot in buffer.slots:
-                entry = {key: slot.view(flat[key]) for key in ("exp_avg", "exp_avg_sq")}
-                entry["step"] = flat["step"]
-                if master is not buffer.weights:
-                    entry["master"] = slot.view(master)
+        for group in self.groups:
+            for slot in group.buffer.slots:
+                entry = {"exp_avg": slot.view(group.exp_avg), "exp_avg_sq": slot.view(group.exp_avg_sq)}
+                entry["step"] = group.num_steps
+                if group.has_copy:
+                    entry["master"] = slot.view(group.master)
                 state[slot.name] = entry
         return state
 
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take up a state written by `state_dict`; raise KeyError with the name of a parameter that it lacks."""
-        for buffer, master, flat in zip(self.buffers, self.masters, self._flat_states(), strict=True):
-            for slot in buffer.slots:
+        for group in self.groups:
+            for slot in group.buffer.slots:
                 entry = state[slot.name]
-                for key in ("exp_avg", "exp_avg_sq"):
-                    slot.view(flat[key]).copy_(entry[key])
-                flat["step"].copy_(entry["step"])
-                if master is not buffer.weights:
-                    slot.view(master).copy_(entry["master"])
-
-    def reload_weights(self) -> None:
-        """Take the module's weights, changed from outside (a checkpoint), as the new master weights."""
-        for master, buffer in zip(self.masters, self.buffers, strict=True):
-            if master is not buffer.weights:
-                master.copy_(buffer.weights)
-
-    def _flat_states(self) -> list[dict[str, Tensor]]:
-        """Return AdamW's state of each flat buffer, making it as AdamW itself would before its first step."""
-        states = []
-        for group in self._adamw.param_groups if self._adamw is not None else []:
-            (parameter,) = group["params"]
-            state = self._adamw.state[parameter]  # type: ignore[union-attr]  # groups exist only with an optimizer
-            if not state:
-                device = parameter.device if group["fused"] else "cpu"
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-            states.append(state)
-        return states
+                slot.view(group.exp_avg).copy_(entry["exp_avg"])
+                slot.view(group.exp_avg_sq).copy_(entry["exp_avg_sq"])
+                group.num_steps.copy_(entry["step"])
+                if group.has_copy:
+                    slot.view(group.master).copy_(entry["master"])
 
     def _tied_gradient(self) -> Tensor | None:
         """Return the gradient of this rank's copy of an embedding tied across stages, or None."""
@@ -189,6 +206,10 @@ class Optimizer:
             if slot is not None:
                 return slot.view(buffer.gradients)
         return None
+
+
+def _has_fused_adamw(weights: Tensor) -> bool:
+    return weights.device.type in ("cpu", "cuda")
 
 
 def _squared_norm(gradients: Tensor) -> Tensor:

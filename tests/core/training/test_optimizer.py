@@ -82,15 +82,15 @@ class TestOptimizer:
     def test_bfloat16_weights_follow_float32_masters(self) -> None:
         module = model(torch.bfloat16)
         optimizer = Optimizer(module, OptimizerSpec(), Mesh())
-        start = [master.clone() for master in optimizer.masters]
+        start = [group.master.clone() for group in optimizer.groups]
         for _ in range(20):
             optimizer.clear_gradients()
             backward(module, torch.bfloat16)
             optimizer.step(learning_rate=1e-5, num_targets=1, squared_norm=optimizer.squared_norm())
-        for before, master, buffer in zip(start, optimizer.masters, optimizer.buffers, strict=True):
-            assert master.dtype == torch.float32
-            assert not torch.equal(before, master)  # far too little for one bfloat16 step of a weight near 0.5
-            assert torch.equal(buffer.weights, master.bfloat16())
+        for before, group in zip(start, optimizer.groups, strict=True):
+            assert group.master.dtype == torch.float32
+            assert not torch.equal(before, group.master)  # far too little for one bfloat16 step of a weight near 0.5
+            assert torch.equal(group.buffer.weights, group.master.bfloat16())
 
     def test_frozen_parameters_have_neither_gradient_nor_state(self) -> None:
         module = model()
