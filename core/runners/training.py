@@ -131,7 +131,10 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
     with _loader(dataset, spec, mesh, stage, config, accelerator, facts.position) as loader:
         outcome = trainer.train(loader)
     if mesh.rank == 0:
-        publish(ctx, checkpoints, finished=outcome is Outcome.FINISHED, metadata=_metadata(family, config_json, spec))
+        finished = outcome is Outcome.FINISHED
+        publish(ctx, checkpoints, finished=finished, metadata=_metadata(family, config_json, spec))
+        if finished:  # nothing resumes from here any more; the artifacts hold the same files
+            shutil.rmtree(ctx.job_dir / "checkpoints")
     return outcome
 
 
