@@ -64,7 +64,7 @@ class Problem(Resource):
 class Attempt(Resource):
     number: int
     state: str
-    placement: Any = None
+    placement: list[dict[str, Any]] = []
     started_at: str | None = None
     finished_at: str | None = None
     exit: Any = None

@@ -96,8 +96,8 @@ def job_details(job: Job) -> Table:
     rows += [("created", job.created_at or ""), ("started", job.started_at or ""), ("finished", job.finished_at or "")]
     rows += [("progress", progress_text(job)), ("metrics", metrics_text(job.latest_metrics))]
     for attempt in job.attempts:
-        placement = f"  [dim]{escape(str(attempt.placement))}[/]" if attempt.placement else ""
-        rows.append((f"attempt {attempt.number}", coloured_state(attempt.state) + placement))
+        hosts = escape("; ".join(_host_text(part) for part in attempt.placement))
+        rows.append((f"attempt {attempt.number}", f"{coloured_state(attempt.state)}  [dim]{hosts}[/]"))
     rows += [("output", f"{escape(output.name)}  {output.artifact_id}") for output in job.outputs]
     if job.error:
         rows += [("error", f"[red]{escape(job.error.message)}[/]  [dim]{job.error.code}[/]")]
@@ -108,6 +108,11 @@ def job_details(job: Job) -> Table:
     return table
 
 
+def _host_text(part: Mapping[str, Any]) -> str:
+    devices = ", ".join(str(device) for device in part.get("devices") or ())
+    return f"on {part.get('node')}" + (f", devices {devices}" if devices else "")
+
+
 def artifacts_table(artifacts: Iterable[Artifact]) -> Table:
     table = Table("id", "kind", "name", "size", "created", box=None, pad_edge=False)
     for artifact in artifacts:
@@ -116,15 +121,17 @@ def artifacts_table(artifacts: Iterable[Artifact]) -> Table:
     return table
 
 
-def metrics_text(metrics: Mapping[str, Any]) -> str:
-    """The few values that are watched while a model trains."""
-    watched = (
-        ("loss", "loss {:.4f}"),
-        ("tokens_per_second", "{:,.0f} tokens/s"),
-        ("grad_norm", "grad norm {:.2f}"),
-        ("learning_rate", "lr {:.1e}"),
-    )
-    values = ((form, metrics.get(name)) for name, form in watched)
+_WATCHED = (
+    ("loss", "loss {:.4f}"),
+    ("tokens_per_second", "{:,.0f} tokens/s"),
+    ("grad_norm", "grad norm {:.2f}"),
+    ("learning_rate", "lr {:.1e}"),
+)
+
+
+def metrics_text(metrics: Mapping[str, Any], *, most: int = len(_WATCHED)) -> str:
+    """The few values that are watched while a model trains; the first `most` of them."""
+    values = ((form, metrics.get(name)) for name, form in _WATCHED[:most])
     return "  ".join(form.format(value) for form, value in values if isinstance(value, (int, float)))
 
 
@@ -135,7 +142,8 @@ def series_table(series: Mapping[str, list[tuple[int, Any, float | None]]]) -> T
         values = [value for _, _, value in points if value is not None]
         if values:
             ends = (values[0], values[-1], min(values), max(values))
-            table.add_row(name, str(len(points)), str(points[-1][0]), *(f"{value:.6g}" for value in ends))
+            shown = (decimal(int(value)) if name.endswith("_bytes") else f"{value:.6g}" for value in ends)
+            table.add_row(name, str(len(points)), str(points[-1][0]), *shown)
     return table
 
 
@@ -159,7 +167,7 @@ class JobView:
                 self._plain(_count(data))
             case "metric":
                 self._metrics.update(data.get("values") or {})
-                self._progress.update(self._task, metrics=metrics_text(self._metrics))
+                self._progress.update(self._task, metrics=metrics_text(self._metrics, most=2))
                 self._plain(f"step {data.get('step')}  {metrics_text(self._metrics)}")
             case "warning":
                 self._console.print(f"{self._title}  [yellow]warning[/] {escape(str(data.get('message')))}")

@@ -201,7 +201,7 @@ def results_table(client: Client, jobs: dict[str, Job], report: Report) -> Table
     speed = [value for _, _, value in train["tokens_per_second"] if value is not None]
     data = client.artifact(jobs["dataset"].outputs[0].artifact_id).metadata
     results = {
-        "convert": "for a pipeline of two: layers [[2, 2]] and [[4, 0]]",
+        "convert": "in mm layout, for a pipeline of two",
         "dataset": f"{data['num_train']:,} rows to train on, {data['num_validation']} held out",
         "train": f"loss {losses[0]:.2f} → {losses[-1]:.2f}, {sorted(speed)[len(speed) // 2]:,.0f} tokens/s",
         "evaluate": f"exact match {report.before:.1%} → [bold]{report.after:.1%}[/]",
