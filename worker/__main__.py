@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+
+from celery.exceptions import SecurityWarning
+
 from core.jobs.queue import CONTROL_QUEUE, node_queue
 from core.settings import Settings
 from core.telemetry.logging import configure
@@ -12,9 +16,12 @@ def main() -> None:
     """Run until told to stop; trainings go on without it."""
     settings = Settings()
     configure(settings)
+    # Celery warns root because a pickled message could run anything; ours accept JSON only.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     app = build_worker(settings)
     app.worker_main(
         [
+            "--quiet",
             "worker",
             f"--hostname=temper@{settings.node_name}",
             f"--queues={CONTROL_QUEUE},{node_queue(settings.node_name)}",

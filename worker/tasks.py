@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from core.db.models import Lease
 from core.db.session import Database
@@ -17,8 +18,11 @@ log = structlog.get_logger(__name__)
 
 
 def tick(database: Database, settings: Settings) -> None:
-    """Run one round of the scheduler."""
-    dispatch.tick(database, settings)
+    """Run one round of the scheduler; a database that is away, or not migrated yet, is tried again at the next tick."""
+    try:
+        dispatch.tick(database, settings)
+    except SQLAlchemyError as error:
+        log.warning("tick.database.unavailable", error=str(error).splitlines()[0])
 
 
 def launch(database: Database, settings: Settings, lease_id: str) -> None:
