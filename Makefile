@@ -3,8 +3,8 @@
 # The first Python in the supported range; name another with `make PYTHON=/path/to/python`.
 PYTHON ?= $(shell for p in python3 python3.11 python3.10 python3.12; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
-# Installed first and alone, so that nothing else chooses a build of it. For a smaller CPU build, or another index:
-# make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# Installed first and alone, so that nothing else chooses a build of it. Pip options may follow the version:
+# make test TORCH="torch==2.13.0 --index-url INDEX-WITH-CPU-BUILDS"
 TORCH  ?= torch==2.13.0
 VENV   := .venv
 PY     := $(VENV)/bin/python

@@ -4,7 +4,9 @@ FROM python:3.11.13-slim-bookworm
 
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 TEMPER_HOME=/var/lib/temper TEMPER_DEVICE_KIND=cpu TEMPER_LOG_FORMAT=json
 
-RUN pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+# For the CPU build on x86-64: --build-arg PIP_ARGS="--index-url …" with the index of your choice.
+ARG PIP_ARGS=""
+RUN pip install torch==2.13.0 ${PIP_ARGS}
 
 WORKDIR /opt/temper
 COPY pyproject.toml README.md docker/constraints.txt docker/worker_health.py ./

@@ -6,7 +6,7 @@ FROM quay.io/ascend/cann:8.2.rc1-910b-ubuntu22.04-py3.11
 
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 TEMPER_HOME=/var/lib/temper TEMPER_DEVICE_KIND=npu TEMPER_LOG_FORMAT=json
 
-RUN pip install torch==2.7.1 --index-url https://download.pytorch.org/whl/cpu \
+RUN pip install torch==2.7.1 \
  && pip install torch_npu==2.7.1 pyyaml numpy decorator attrs scipy psutil
 
 WORKDIR /opt/temper

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -13,7 +14,7 @@ from core.clock import utcnow
 from core.db.models import Node
 from core.db.session import Database
 from core.ids import new_id
-from core.scheduler.inventory import Inventory, detect
+from core.scheduler.inventory import Inventory, detect, inspect_host
 from core.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -46,7 +47,8 @@ class Beacon(threading.Thread):
 
     def run(self) -> None:
         """Loop until the process ends."""
-        inventory, detected = detect(self._settings), time.monotonic()
+        inventory, detected = inspect_host(self._settings), time.monotonic()
+        stack_problem = None if inventory.healthy else inventory.reason
         while True:
             try:
                 report(self._database, self._settings, inventory)
@@ -55,3 +57,5 @@ class Beacon(threading.Thread):
             time.sleep(self._settings.node_ttl_s / 5)
             if time.monotonic() - detected > _DETECT_EVERY_S:
                 inventory, detected = detect(self._settings), time.monotonic()
+                if stack_problem is not None and inventory.healthy:
+                    inventory = replace(inventory, healthy=False, reason=f"{stack_problem} (as of the worker's start)")

@@ -6,9 +6,10 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from core import doctor
 from core.settings import Settings
 
 DeviceKind = Literal["npu", "cuda", "cpu"]
@@ -39,8 +40,22 @@ class Inventory:
         return [asdict(device) for device in self.devices]
 
 
+def inspect_host(settings: Settings) -> Inventory:
+    """`detect`, and on an NPU host also the whole software stack: what is wrong there makes the host unhealthy.
+
+    This imports torch_npu in a child process and takes seconds: once at the start of a worker.
+    """
+    found = detect(settings)
+    if found.device_kind != "npu" or not found.healthy:
+        return found
+    wrong = doctor.examine(doctor.look()).first_wrong
+    if wrong is None:
+        return found
+    return replace(found, healthy=False, reason=f"{wrong.name}: {wrong.problem}; {wrong.remedy}")
+
+
 def detect(settings: Settings) -> Inventory:
-    """Look at the host, or believe the settings."""
+    """Look at the devices, or believe the settings."""
     kind = settings.device_kind
     if kind in ("auto", "npu") and shutil.which("npu-smi"):
         return _limited(_npu(), settings)
