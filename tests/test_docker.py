@@ -33,6 +33,7 @@ class TestDockerfiles:
     def test_every_line_is_an_instruction(self, dockerfile: Path) -> None:
         known = {
             "FROM",
+            "ARG",
             "ENV",
             "RUN",
             "WORKDIR",
