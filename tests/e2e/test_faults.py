@@ -215,21 +215,6 @@ class TestCluster:
         cluster.check_history(job, attempts=2)
         cluster.server.start_worker(lost)
 
-    def test_redis_going_away_and_coming_back_loses_and_doubles_nothing(
-        self, cluster: Service, redis: RedisServer
-    ) -> None:
-        job = cluster.train()
-        cluster.wait_for_step(job, 8)
-        redis.stop()
-        late = cluster.client.submit(
-            "conversion", {"operation": "mm_to_hf", "source": {"job": cluster.made["convert"]}}
-        )
-        cluster.wait_for_step(job, 25)
-        redis.start()
-        cluster.finished(job)
-        cluster.check_history(job, attempts=1)
-        assert len(cluster.finished(late).attempts) == 1
-
     def test_a_database_outage_delays_and_loses_nothing(self, cluster: Service, database: Postgres) -> None:
         job = cluster.train()
         cluster.wait_for_step(job, 8)
