@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -156,12 +156,16 @@ class EventOut(BaseModel):
         return cls(id=str(row.seq), type=row.type, attempt=row.attempt, time=told or row.created_at, data=data)
 
 
+SeriesPoint = Annotated[
+    list[int | datetime | float | None],
+    Field(min_length=3, max_length=3, description="Step, time (RFC 3339), value; null where the value was not finite."),
+]
+
+
 class SeriesOut(BaseModel):
     """Metric series."""
 
-    series: dict[str, list[tuple[int, datetime, float | None]]] = Field(
-        description="By metric: [step, time, value] in the order of steps; null where the value was not finite."
-    )
+    series: dict[str, list[SeriesPoint]] = Field(description="By metric: points in the order of steps.")
 
 
 class ArtifactOut(BaseModel):

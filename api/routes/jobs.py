@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
+import structlog
 from fastapi import APIRouter, BackgroundTasks, Body, Depends, Query, Response
 from pydantic import AwareDatetime, Field
 from sqlalchemy.orm import Session
 
 from api import examples, queries
 from api.deps import After, DatabaseDep, Limit, PrincipalDep, SettingsDep, StoreDep
-from api.idempotency import Answer, OnceDep, once
+from api.idempotency import Answer, Once, OnceDep, once
 from api.problems import responses
 from api.schemas import JobOut, JobStateName, Page, page
+from core.errors import InvalidTransition
 from core.jobs import queue, service
 from core.jobs.planning import Plan
 from core.specs import JobKind
 from core.specs.request import JobRequest
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+log = structlog.get_logger(__name__)
+
+_RACES = 3
 
 JobBody = Annotated[JobRequest, Body(openapi_examples=examples.JOBS)]
 Label = Annotated[str, Field(min_length=1, max_length=320, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}(=[^\x00]*)?$")]
@@ -95,7 +101,7 @@ def cancel_job(
         return Answer(200, queries.job_out(session, job))
 
     background.add_task(queue.kick, settings)
-    return once.run(effect)
+    return _change(once, effect)
 
 
 @router.post("/{job_id}/retry", response_model=JobOut, responses=responses(404, 409))
@@ -109,4 +115,14 @@ def retry_job(
         return Answer(200, queries.job_out(session, job))
 
     background.add_task(queue.kick, settings)
+    return _change(once, effect)
+
+
+def _change(once: Once, effect: Callable[[Session], Answer]) -> Response:
+    """Change a job's state; when the scheduler or a supervisor was faster, look again and decide anew."""
+    for _ in range(_RACES):
+        try:
+            return once.run(effect)
+        except InvalidTransition as race:
+            log.info("job.change.raced", error=race.message)
     return once.run(effect)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from sqlalchemy.orm import Session
-from starlette.responses import StreamingResponse
+from starlette.responses import JSONResponse, StreamingResponse
 
 from api import sse
 from api.deps import DatabaseDep, PrincipalDep, SettingsDep
@@ -129,19 +129,18 @@ def read_metrics(
     max_points: Annotated[
         int | None, Query(ge=4, le=100_000, description="Thin longer series out; first, last, lowest and highest stay.")
     ] = None,
-) -> dict[str, Any]:
+) -> Response:
     """The job's metrics as series of [step, time, value]."""
     wanted = [name for name in names.split(",") if name] if names else None
     with database.read() as session:
         service.get_job(session, principal, job_id)
         found = repository.metric_series(session, job_id, names=wanted, since_step=since_step)
     empty: dict[str, list[Point]] = {name: [] for name in wanted or METRICS}
-    return {
-        "series": {
-            name: [(step, _moment(at), value) for step, at, value in thin_out(points, max_points)]
-            for name, points in {**empty, **found}.items()
-        }
+    series = {
+        name: [(step, _moment(at), value) for step, at, value in thin_out(points, max_points)]
+        for name, points in {**empty, **found}.items()
     }
+    return JSONResponse({"series": series})
 
 
 def thin_out(points: Sequence[Point], max_points: int | None) -> Sequence[Point]:
@@ -165,8 +164,8 @@ def thin_out(points: Sequence[Point], max_points: int | None) -> Sequence[Point]
     return [*kept, points[-1]]
 
 
-def _moment(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, timezone.utc)
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat().replace("+00:00", "Z")
 
 
 @router.get(
