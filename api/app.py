@@ -9,6 +9,7 @@ from typing import Any
 import anyio
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from fastapi_offline import FastAPIOffline
 
 import core
 from api import problems
@@ -32,13 +33,14 @@ _ROUTERS = (jobs, streams, artifacts, uploads, families, cluster, keys, health)
 
 def create_app(settings: Settings) -> FastAPI:
     """Build the application; its lifespan opens the database, brings it to the newest schema and makes the first admin key."""
-    app = FastAPI(
+    app: FastAPI = FastAPIOffline(  # /docs with its scripts served from here: a cluster has no road to a CDN
+        docs_url="/docs",
+        redoc_url=None,
         title="Temper",
         version=core.__version__,
         description=_DESCRIPTION,
         lifespan=_lifespan,
         generate_unique_id_function=_operation_id,
-        redoc_url=None,
     )
     app.state.settings = settings
     app.state.store = Store(settings.store_dir)

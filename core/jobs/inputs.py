@@ -22,7 +22,7 @@ def resolve_inputs(session: Session, job: Job, settings: Settings) -> dict[str, 
 def _resolve(session: Session, item: JobInput, settings: Settings) -> InputArtifact:
     if item.path is not None:
         real = resolve_allowed(item.path, settings.allow_roots)
-        kind, metadata, _ = inspect_folder(real)
+        kind, metadata, _ = inspect_folder(real, roots=settings.allow_roots)
         return InputArtifact(artifact_id=None, kind=kind, path=str(real), metadata=metadata)
     artifact = _artifact(session, item)
     if artifact is None or artifact.deleted_at is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from core.errors import InvalidDataset, InvalidSpec
+from core.errors import ForbiddenPath, InvalidDataset, InvalidSpec
 from core.models.hf_folder import inspect_hf_folder, read_config
 from core.models.mm_folder import inspect_mm_folder
 from core.models.registry import detect
@@ -16,15 +16,29 @@ Inspection = tuple[str, dict[str, Any], int]
 """Kind, metadata, size in bytes."""
 
 
-def inspect_folder(path: Path, kind: str | None = None) -> Inspection:
-    """Check a folder as `kind`, or as what it looks like; raise InvalidModel, InvalidDataset or CorruptCheckpoint."""
+def inspect_folder(path: Path, kind: str | None = None, *, roots: Iterable[Path] = ()) -> Inspection:
+    """Check a folder as `kind`, or as what it looks like; raise InvalidModel, InvalidDataset or CorruptCheckpoint.
+
+    A link to a file is followed only within the folder and `roots` (a Hugging Face cache links its snapshots to blobs
+    beside them); ForbiddenPath otherwise.
+    """
     if not path.is_dir():
         raise InvalidSpec(f"path {str(path)!r} is not a folder")
+    _refuse_links_out(path, roots)
     kind = kind or _look(path)
     if kind not in REGISTRABLE:
         raise InvalidSpec(f"kind {kind!r} cannot be registered; use one of {', '.join(REGISTRABLE)}")
     metadata = REGISTRABLE[kind](path)
     return kind, metadata, sum(file.stat().st_size for _, file in walk_files(path))
+
+
+def _refuse_links_out(path: Path, roots: Iterable[Path]) -> None:
+    allowed = [root.expanduser().resolve() for root in (path, *roots)]
+    for relative, file in walk_files(path):
+        if file.is_symlink() and not any(file.resolve().is_relative_to(root) for root in allowed):
+            raise ForbiddenPath(
+                f"{relative!r} is a link that leaves the allowed roots", hint="put the file itself there"
+            )
 
 
 def _look(path: Path) -> str:

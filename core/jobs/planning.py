@@ -170,7 +170,7 @@ class Planner:
             return of_artifact(self.get_artifact(ref.artifact))
         if ref.path:
             real = resolve_allowed(ref.path, self.settings.allow_roots)
-            kind, metadata, size = inspect_folder(real)
+            kind, metadata, size = inspect_folder(real, roots=self.settings.allow_roots)
             return Subject(kind, metadata, size, path=str(real))
         job = self.get_job(ref.job or "")
         return self._of_job(job, ref.output)

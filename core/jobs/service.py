@@ -131,7 +131,7 @@ def register(
     What an admin registers is shared with all users. Folders above `hash_limit_bytes` are listed without SHA-256.
     """
     real = resolve_allowed(path, settings.allow_roots)
-    kind, metadata, size = inspect_folder(real, kind)
+    kind, metadata, size = inspect_folder(real, kind, roots=settings.allow_roots)
     manifest = Manifest(
         id=new_id("art"),
         kind=kind,

@@ -55,3 +55,17 @@ class PackedBatch:
             targets_T=self.targets_T.to(device, non_blocking=True),
             pixel_values_PD=self.pixel_values_PD.to(device, non_blocking=True),
         )
+
+    def padded_to(self, multiple: int) -> PackedBatch:
+        """The same batch with a number of tokens that `multiple` divides; a host-side batch."""
+        missing = -self.num_tokens % multiple
+        if missing == 0:
+            return self
+        padding = torch.zeros(missing, dtype=torch.int64)
+        return replace(
+            self,
+            input_ids_T=torch.cat([self.input_ids_T, padding]),
+            position_ids_3T=torch.cat([self.position_ids_3T, torch.arange(missing).expand(3, -1)], dim=1),
+            targets_T=torch.cat([self.targets_T, padding - 100]),
+            cu_seqlens=(*self.cu_seqlens, self.num_tokens + missing),
+        )

@@ -54,11 +54,14 @@ class Pipeline(Generic[Batch]):
     """Last stage: takes the stage's output, accumulates the loss and the head's own gradients, returns the gradient of the output."""
     before: Boundary[Batch] | None = None
     after: Boundary[Batch] | None = None
+    prepare: Callable[[Batch], Batch] = field(default=lambda batch: batch)
+    """Done to each micro-batch first, on every stage alike."""
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def run(self, batches: Sequence[Batch]) -> None:
         """Accumulate the gradients of all micro-batches of one step."""
+        batches = [self.prepare(batch) for batch in batches]
         if self.before is None and self.after is None:
             for batch in batches:
                 self.backward(self.stage(batch), batch, None)
@@ -183,7 +186,7 @@ class _OneFOneB(Generic[Batch]):
         if tensor.numel() == 0:
             return []
         mesh = self.pipe.mesh
-        peer = mesh.rank + step * mesh.dp_size
+        peer = mesh.rank + step * mesh.pp_stride
         return [dist.P2POp(kind, tensor, peer, mesh.pp_group)]
 
 

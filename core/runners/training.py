@@ -47,6 +47,7 @@ from core.models.plan import Stage, stages
 from core.models.qwen2_5_vl.family import Config
 from core.models.registry import Family, detect
 from core.parallel.mesh import Mesh, build_mesh
+from core.parallel.tensor import shard
 from core.runners.context import InputArtifact, RunContext, Stopped
 from core.specs.parallel import ParallelSpec
 from core.specs.training import RecomputeSpec, RecomputeSpecs, TrainingSpec
@@ -73,10 +74,8 @@ def run(ctx: RunContext, spec: TrainingSpec) -> None:
 
 def _refuse_unsupported(spec: TrainingSpec) -> None:
     """Refuse what this version cannot do, should the submission have let it through."""
-    if spec.parallel.tp_size > 1 or spec.parallel.vpp_size > 1:
-        raise UnsupportedOption(
-            "training with tp_size > 1 or virtual chunks is not supported yet; use tp_size 1 and one chunk"
-        )
+    if spec.parallel.vpp_size > 1:
+        raise UnsupportedOption("training with virtual chunks is not supported yet; use one chunk")
     if spec.lora is not None:
         raise UnsupportedOption("lora is not supported yet; leave it out to train all weights that are not frozen")
 
@@ -93,7 +92,7 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
     checkpoints = Checkpoints(
         ctx.job_dir / "checkpoints",
         mesh,
-        rank_folder=Path(rank_dir("release", 0, mesh.pp_rank, mesh.pp_size)).name,
+        rank_folder=Path(rank_dir("release", mesh.tp_rank, mesh.pp_rank, mesh.pp_size)).name,
         write_weights=write_rank_file,
         keep_last=spec.checkpoint.keep_last,
     )
@@ -104,17 +103,19 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
         if resume_path is not None:
             facts = resumed_facts(ctx, resume_path, facts, spec)
         model = _build(family, config, stage, accelerator, spec)
+        table = freeze(model, spec.freeze)
+        held = shard(model, family.plan, mesh)
+        model = _allocate(model, accelerator, spec)
         load_weights(
-            model, _weights(ctx, config, stage) if resume_path is None else checkpoints.load_weights(resume_path)
+            model, _weights(ctx, config, stage, mesh) if resume_path is None else checkpoints.load_weights(resume_path)
         )
-    table = freeze(model, spec.freeze)
-    optimizer = Optimizer(model, spec.optimizer, mesh)
+    optimizer = Optimizer(model, spec.optimizer, mesh, held=held)
     with Together(mesh):
         if resume_path is not None and facts.has_optimizer:
             _restore(checkpoints.load_state(resume_path), optimizer, accelerator)
     _tell(ctx, mesh, table)
 
-    head = Head(model, accelerator.device)
+    head = Head(model, accelerator.device, mesh)
     trainer = Trainer(
         spec=spec,
         mesh=mesh,
@@ -245,7 +246,10 @@ def _mesh(ctx: RunContext, spec: TrainingSpec, config: Config, all_stages: Seque
         raise IncompatiblePlan(f"the spec asks for {parallel.world_size} processes, {ctx.world_size} were started")
     tied = [stage.index for stage in all_stages if stage.has_embedding or stage.has_output]
     return build_mesh(
-        pp_size=parallel.pp_size, dp_size=parallel.dp_size, tied_stages=tied if config.tie_word_embeddings else ()
+        pp_size=parallel.pp_size,
+        dp_size=parallel.dp_size,
+        tp_size=parallel.tp_size,
+        tied_stages=tied if config.tie_word_embeddings else (),
     )
 
 
@@ -262,9 +266,14 @@ def _new_facts(spec: TrainingSpec, dataset: TokenisedDataset) -> Facts:
 
 
 def _build(family: Family, config: Config, stage: Stage, accelerator: Accelerator, spec: TrainingSpec) -> nn.Module:
-    """Make the stage's module with memory for its weights, which are still to be loaded."""
+    """Make the stage's module, whole and without memory for its weights."""
     with torch.device("meta"):
         model: nn.Module = family.build(config, stage, accelerator=accelerator, recompute=_recompute(spec.recompute))
+    return model
+
+
+def _allocate(model: nn.Module, accelerator: Accelerator, spec: TrainingSpec) -> nn.Module:
+    """Give the module memory for its weights, which are still to be loaded."""
     assert not list(model.buffers()), "buffers would be left without values"
     return model.to(DTYPES[spec.precision]).to_empty(device=accelerator.device)
 
@@ -281,17 +290,17 @@ def _policy(spec: RecomputeSpec | None) -> RecomputePolicy:
     )
 
 
-def _weights(ctx: RunContext, config: Config, stage: Stage) -> Iterable[tuple[str, Tensor]]:
-    """Read this stage's weights from the model input, whatever its layout."""
-    source = ctx.inputs["model"]
+def _weights(ctx: RunContext, config: Config, stage: Stage, mesh: Mesh) -> Iterable[tuple[str, Tensor]]:
+    """Read this rank's slice of its stage's weights from the model input, whatever its layout."""
+    source, tp = ctx.inputs["model"], (mesh.tp_size, mesh.tp_rank)
     if source.kind == "hf_model":
-        return load_stage_from_hf(source.path, config, stage)
+        return load_stage_from_hf(source.path, config, stage, tp=tp)
     recorded = source.metadata.get("parallel")
     if recorded is None:
         raise InvalidModel(
             f"{source.path} does not record its layout", hint="convert it (reshard) with source_parallel first"
         )
-    return load_stage(source.path, ParallelSpec.model_validate(recorded), config, stage)
+    return load_stage(source.path, ParallelSpec.model_validate(recorded), config, stage, tp=tp)
 
 
 def _restore(state: dict[str, Any], optimizer: Optimizer, accelerator: Accelerator) -> None:
@@ -353,13 +362,13 @@ def _patch_budget(dataset: TokenisedDataset, token_budget: int, config: Config) 
 
 def _tell(ctx: RunContext, mesh: Mesh, table: Sequence[ParameterRow]) -> None:
     """Log what is trained, and keep the table of all parameters of all stages with the attempt."""
-    gathered = Together(mesh).gather(list(table) if mesh.dp_rank == 0 else [])
+    gathered = Together(mesh).gather(list(table) if mesh.dp_rank == mesh.tp_rank == 0 else [])
     rows = [row for part in gathered for row in part]
     for tower, counts in summary(rows).items():
         ctx.log.info("%s: %d parameters trained, %d frozen", tower, counts["trained"], counts["frozen"])
     if mesh.rank == 0:
         stages_of = [
-            {"pp_rank": rank // mesh.dp_size, "parameters": [asdict(row) for row in part]}
+            {"pp_rank": rank // mesh.pp_stride, "parameters": [asdict(row) for row in part]}
             for rank, part in enumerate(gathered)
             if part
         ]

@@ -4,7 +4,7 @@
       latest_checkpointed_iteration.txt      "50"; moved last, by rename
       iter_0000050/
         checkpoint.json                      Facts: iteration, data position, layout, the size of every file
-        mp_rank_00_000/                      one folder per pipeline rank, written by its first data-parallel rank
+        mp_rank_00_000/                      one folder per slice and stage (mp_rank_TT_PPP), written by its first data-parallel rank
           model_optim_rng.pt                 weights, as MindSpeed-MM reads them
           temper_optim.pt                    AdamW state by parameter name, random state (absent without save_optim)
       .iter_0000100.tmp/                     being written; whoever dies leaves only this
@@ -92,7 +92,7 @@ class Checkpoints:
     def __init__(
         self, folder: Path, mesh: Mesh, *, rank_folder: str, write_weights: WriteWeights, keep_last: int
     ) -> None:
-        """`rank_folder` is this pipeline rank's `mp_rank_…`; `write_weights` writes a file of mm weights."""
+        """`rank_folder` is the `mp_rank_…` of this rank's slice and stage; `write_weights` writes a file of mm weights."""
         self.folder = folder
         self.mesh = mesh
         self.rank_folder = rank_folder
@@ -136,12 +136,12 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("iter_*") if path.is_dir())
 
     def load_weights(self, path: Path) -> Iterator[tuple[str, Tensor]]:
-        """Read this pipeline rank's weights, by memory map."""
+        """Read this rank's weights, by memory map."""
         file = torch.load(path / self.rank_folder / WEIGHTS_FILE, weights_only=True, mmap=True, map_location="cpu")
         yield from file["model"].items()
 
     def load_state(self, path: Path) -> dict[str, Any]:
-        """Read this pipeline rank's optimizer and random state."""
+        """Read this rank's optimizer and random state."""
         return torch.load(path / self.rank_folder / STATE_FILE, weights_only=True, mmap=True, map_location="cpu")
 
     def _make_room(self, temporary: Path, needed_bytes: int) -> None:

@@ -7,6 +7,9 @@ would hold them three times. Here the loss is the end of the graph, so each chun
 
 Losses are sums; the division by the global batch's number of targets comes once, after gradients have been summed over ranks. So neither
 accumulation over micro-batches nor uneven ranks can change the weight of a token.
+
+With tensor parallelism each of R ranks holds V / R columns of the logits; of each chunk the ranks tell each other two numbers per position,
+the logarithm of their part of the softmax's denominator and the target's logit if it is theirs.
 """
 
 from __future__ import annotations
@@ -16,6 +19,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from core.parallel.collectives import gather_rows
 
 IGNORE = -100
 CHUNK_TOKENS = 1024
@@ -29,7 +35,9 @@ class HeadResult:
     """Sum of cross entropies over targets, float32 scalar on the device."""
     num_targets: int
     gradient_TH: Tensor | None
-    """d loss_sum / d hidden; None when nothing before the head is trained or nothing is a target."""
+    """d loss_sum / d hidden; None when nothing before the head is trained or nothing is a target.
+
+    With tensor parallelism this rank's addend of it, from its part of the vocabulary."""
 
 
 def target_positions(targets_T: Tensor) -> Tensor:
@@ -44,10 +52,12 @@ def loss_and_gradient(
     logits: Callable[[Tensor], Tensor],
     *,
     chunk_tokens: int = CHUNK_TOKENS,
+    tp_group: ProcessGroup | None = None,
 ) -> HeadResult:
     """Compute the loss sum, add the head's own gradients to its parameters, and return the gradient of `hidden_TH`.
 
     `logits` maps [C, H] to [C, V]; its trained parameters receive their gradients here. Softmax and sums are float32 whatever the dtype.
+    With a `tp_group`, `logits` gives this rank's columns, and all its ranks have the same `hidden_TH`.
     """
     num_targets = positions_N.numel()
     loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
@@ -60,7 +70,11 @@ def loss_and_gradient(
         hidden_CH = detached_TH.index_select(0, positions_C).requires_grad_(wants_gradient)
         logits_CV = logits(hidden_CH)
         with torch.no_grad():
-            loss, gradient_CV = _cross_entropy(logits_CV.float(), targets_T.index_select(0, positions_C))
+            targets_C = targets_T.index_select(0, positions_C)
+            if tp_group is None:
+                loss, gradient_CV = _cross_entropy(logits_CV.float(), targets_C)
+            else:
+                loss, gradient_CV = _split_cross_entropy(logits_CV.float(), targets_C, tp_group)
             loss_sum += loss
         if logits_CV.requires_grad:
             logits_CV.backward(gradient_CV.to(logits_CV.dtype))
@@ -89,3 +103,18 @@ def _cross_entropy(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor
     gradient_CV = (logits_CV - log_total_C1).exp_()
     ones_C1 = torch.ones_like(log_total_C1)
     return loss, gradient_CV.scatter_add_(1, targets_C1, -ones_C1)
+
+
+def _split_cross_entropy(logits_CV: Tensor, targets_C: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Return the same from this rank's columns; the sum is the same on all ranks, the gradient is of these columns."""
+    count = logits_CV.shape[1]
+    local_C = targets_C - group.rank() * count
+    is_mine_C = (local_C >= 0) & (local_C < count)
+    local_C1 = local_C.clamp(0, count - 1).unsqueeze(1)
+    log_total_C = torch.logsumexp(logits_CV, dim=1)
+    at_target_C = torch.where(is_mine_C, logits_CV.gather(1, local_C1).squeeze(1), 0.0)
+    log_totals_RC, at_target_RC = gather_rows(torch.stack([log_total_C, at_target_C])[None], group).unbind(1)
+    log_total_C = torch.logsumexp(log_totals_RC, dim=0)
+    loss = (log_total_C - at_target_RC.sum(0)).sum()
+    gradient_CV = (logits_CV - log_total_C[:, None]).exp_()
+    return loss, gradient_CV.scatter_add_(1, local_C1, -is_mine_C[:, None].to(gradient_CV.dtype))

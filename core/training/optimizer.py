@@ -19,8 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from core.parallel.collectives import sum_over
 from core.parallel.data import FlatBuffer
 from core.parallel.mesh import Mesh
+from core.parallel.tensor import Held
 from core.specs.training import OptimizerSpec
 
 EMBEDDING = "text_decoder.embedding.word_embeddings.weight"
@@ -67,15 +69,34 @@ class Group:
     exp_avg_sq: Tensor
     num_steps: Tensor
     """Scalar: updates so far; on the host where reading it would otherwise wait for the device."""
+    slices: Tensor
+    """The gradients that no other tensor-parallel rank has: the beginning of the buffer's."""
+    addends: Tensor
+    """The gradients that are still to be summed over tensor-parallel ranks: the end of the buffer's."""
 
     @classmethod
-    def of(cls, parameters: list[tuple[str, nn.Parameter]], weight_decay: float) -> Group:
+    def of(cls, parameters: list[tuple[str, nn.Parameter]], weight_decay: float, held: Mapping[str, Held]) -> Group:
         """Lay the parameters into a flat buffer, with state as before the first update."""
+        parameters = sorted(parameters, key=lambda item: held.get(item[0], Held.SLICE))
         buffer = FlatBuffer(parameters)
+        starts = [(held.get(slot.name, Held.SLICE), slot.start) for slot in buffer.slots]
+        copies, addends = (
+            next((start for kind, start in starts if kind >= first), buffer.gradients.numel())
+            for first in (Held.COPY, Held.ADDEND)
+        )
         weights = buffer.weights
         master = weights if weights.dtype == torch.float32 else weights.float()
         num_steps = torch.zeros((), device=master.device if _has_fused_adamw(master) else "cpu")
-        return cls(buffer, weight_decay, master, torch.zeros_like(master), torch.zeros_like(master), num_steps)
+        return cls(
+            buffer,
+            weight_decay,
+            master,
+            exp_avg=torch.zeros_like(master),
+            exp_avg_sq=torch.zeros_like(master),
+            num_steps=num_steps,
+            slices=buffer.gradients[:copies],
+            addends=buffer.gradients[addends:],
+        )
 
     @property
     def has_copy(self) -> bool:
@@ -86,15 +107,20 @@ class Group:
 class Optimizer:
     """The trained parameters of this rank, their gradients, and AdamW's state."""
 
-    def __init__(self, model: nn.Module, spec: OptimizerSpec, mesh: Mesh) -> None:
-        """Lay the trained parameters of `model` into flat buffers; the model keeps using them as views."""
+    def __init__(
+        self, model: nn.Module, spec: OptimizerSpec, mesh: Mesh, *, held: Mapping[str, Held] | None = None
+    ) -> None:
+        """Lay the trained parameters of `model` into flat buffers; the model keeps using them as views.
+
+        `held` is what `shard` returned for the model, if it was cut over tensor-parallel ranks.
+        """
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         matrices = [(name, parameter) for name, parameter in trained if parameter.ndim > 1]
         vectors = [(name, parameter) for name, parameter in trained if parameter.ndim <= 1]
         decays = ((matrices, spec.weight_decay), (vectors, 0.0))
         self.mesh = mesh
         self.spec = spec
-        self.groups = [Group.of(named, decay) for named, decay in decays if named]
+        self.groups = [Group.of(named, decay, held or {}) for named, decay in decays if named]
         self._tied = self._tied_gradient()
 
     @property
@@ -108,9 +134,12 @@ class Optimizer:
             buffer.clear()
 
     def reduce_gradients(self) -> None:
-        """Sum gradients over data-parallel ranks, and over the two copies of a tied embedding, so that the copies stay equal."""
-        for buffer in self.buffers:
-            buffer.all_reduce(self.mesh.dp_group)
+        """Sum gradients over data-parallel ranks, those of replicated weights over tensor-parallel ranks where each has an addend,
+        and those of a tied embedding over its two copies: so all copies of a weight stay equal."""
+        for group in self.groups:
+            group.buffer.all_reduce(self.mesh.dp_group)
+            if self.mesh.tp_group is not None:
+                sum_over(group.addends, self.mesh.tp_group)
         if self._tied is not None:
             dist.all_reduce(self._tied, op=dist.ReduceOp.SUM, group=self.mesh.tied_group)
 
@@ -122,7 +151,9 @@ class Optimizer:
         """
         if self.mesh.dp_rank != 0:
             return 0.0
-        total = sum((_squared_norm(buffer.gradients) for buffer in self.buffers), start=torch.zeros(()))
+        is_first = self.mesh.tp_rank == 0
+        parts = [group.buffer.gradients if is_first else group.slices for group in self.groups]
+        total = sum((_squared_norm(part) for part in parts if part.numel()), start=torch.zeros(()))
         if self._tied is not None and self.mesh.is_last_stage:
             total = total - _squared_norm(self._tied)
         return float(total)

@@ -200,7 +200,7 @@ class Trainer:
 
     def _rows(self, step: LoadedStep, rank: int, index: int) -> list[int]:
         """Return the rows of a rank's micro-batch, counted without empty ones."""
-        filled = [rows for rows in step.plan.micro_batches[rank % self.mesh.dp_size] if rows]
+        filled = [rows for rows in step.plan.micro_batches[self.mesh.dp_rank_of(rank)] if rows]
         return list(filled[index])
 
     def _advance(self, step: LoadedStep) -> None:

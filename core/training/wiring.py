@@ -14,6 +14,7 @@ from core.models.batch import PackedBatch
 from core.models.plan import Stage
 from core.models.qwen2_5_vl.family import Config
 from core.models.qwen2_5_vl.model import outgoing_shape
+from core.parallel.collectives import gather_rows, reduce_scatter_rows
 from core.parallel.mesh import Mesh
 from core.parallel.pipeline import Boundary, Pipeline
 from core.specs.training import FreezeSpec
@@ -24,23 +25,34 @@ from core.training.loss import loss_and_gradient, target_positions
 class Head:
     """The end of the last stage: loss of each micro-batch, and the gradient that starts the backward pass."""
 
-    def __init__(self, model: Any, device: torch.device) -> None:
-        """`model.logits` maps hidden states [N, H] to scores [N, vocab]."""
+    def __init__(self, model: Any, device: torch.device, mesh: Mesh) -> None:
+        """`model.logits` maps hidden states [N, H] to scores [N, vocab], or to this rank's columns of them."""
         self.model = model
         self.device = device
+        self.mesh = mesh
         self.losses: list[Tensor] = []
         """Sum of losses of each micro-batch of this step so far."""
 
     def __call__(self, hidden_TH: Tensor, batch: PackedBatch) -> Tensor | None:
+        group = self.mesh.tp_group
+        if group is not None:  # sequence parallel: each rank has rows of its own
+            hidden_TH = gather_rows(hidden_TH.detach(), group).requires_grad_(hidden_TH.requires_grad)
         positions_N = target_positions(batch.targets_T).to(self.device)
-        result = loss_and_gradient(hidden_TH, batch.targets_T.to(self.device), positions_N, self.model.logits)
+        result = loss_and_gradient(
+            hidden_TH, batch.targets_T.to(self.device), positions_N, self.model.logits, tp_group=group
+        )
         self.losses.append(result.loss_sum)
-        return result.gradient_TH
+        if group is None or result.gradient_TH is None:
+            return result.gradient_TH
+        return reduce_scatter_rows(result.gradient_TH, group)
 
     def take(self) -> list[float]:
-        """Return the loss sums of the step's micro-batches, in one copy from the device, and forget them."""
+        """Return the loss sums of the step's micro-batches, in one copy from the device, and forget them.
+
+        Tensor-parallel ranks have the same; the first of them tells it.
+        """
         losses, self.losses = self.losses, []
-        return torch.stack(losses).tolist() if losses else []
+        return torch.stack(losses).tolist() if losses and self.mesh.tp_rank == 0 else []
 
 
 def build_pipeline(
@@ -59,7 +71,7 @@ def build_pipeline(
         """Between stage `after` and the next one."""
         if not 0 <= after < mesh.pp_size - 1:
             return None
-        return Boundary(partial(_outgoing_shape, config, all_stages[after]), reached[after + 1])
+        return Boundary(partial(_outgoing_shape, config, all_stages[after], mesh.tp_size), reached[after + 1])
 
     def forward(batch: PackedBatch, incoming: Tensor | None = None) -> Tensor:
         output: Tensor = model(batch.to(accelerator.device), incoming)
@@ -71,11 +83,13 @@ def build_pipeline(
         head,
         before=boundary(mesh.pp_rank - 1),
         after=boundary(mesh.pp_rank),
+        prepare=lambda batch: batch.padded_to(mesh.tp_size),
         dtype=next(model.parameters()).dtype,
         device=accelerator.device,
     )
 
 
-def _outgoing_shape(config: Config, stage: Stage, batch: PackedBatch) -> tuple[int, int]:
-    """Shape that a stage sends, from what every rank knows of the batch (only the first stage has its pixels)."""
-    return outgoing_shape(config, stage, batch.num_tokens, sum(t * h * w for t, h, w in batch.grid_thw))
+def _outgoing_shape(config: Config, stage: Stage, tp_size: int, batch: PackedBatch) -> tuple[int, int]:
+    """Shape that a rank of a stage sends, from what every rank knows of the batch (only the first stage has its pixels)."""
+    rows, width = outgoing_shape(config, stage, batch.num_tokens, batch.num_patches)
+    return (rows // tp_size if stage.llm_layers else rows), width  # the language model is sequence parallel

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from sqlalchemy.orm import Session
 
 from core.db.models import Artifact, Job
 from core.db.session import Database
@@ -303,6 +304,33 @@ class TestArtifacts:
         (entry,) = store.manifest(made.id).files
         assert (made.name, made.shared, entry.path, entry.size) == ("source", True, "a.json", 2)
         assert entry.sha256 == "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945"
+
+    def test_a_link_out_of_the_allowed_roots_is_refused(
+        self, database: Database, settings: Settings, tmp_path: Path
+    ) -> None:
+        source = tmp_path / "source"
+        source.mkdir()
+        (source / "a.json").write_text("[]")
+        (tmp_path / "beside.txt").write_text("within the roots")
+        (source / "fine.txt").symlink_to(tmp_path / "beside.txt")
+        store = Store(settings.store_dir)
+
+        def register(session: Session) -> Artifact:
+            return service.register(
+                session,
+                settings=settings,
+                store=store,
+                principal=ADMIN,
+                kind="dataset_source",
+                path=str(source),
+                name=None,
+            )
+
+        with database.write() as session:
+            assert register(session).num_files == 2
+        (source / "passwd.txt").symlink_to("/etc/passwd")
+        with database.write() as session, pytest.raises(ForbiddenPath, match=r"passwd\.txt"):
+            register(session)
 
     def test_an_empty_folder_is_no_data_set(self, database: Database, settings: Settings, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
