@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import math
@@ -20,6 +21,7 @@ from starlette.exceptions import HTTPException
 
 from core.errors import AppError, DiskFull, InvalidSpec, Unavailable
 from core.specs import SPECS
+from core.specs.base import field_names
 
 MEDIA_TYPE = "application/problem+json"
 _MAX_INPUT_CHARS = 500
@@ -147,7 +149,9 @@ async def _on_validation_error(request: Request, error: RequestValidationError) 
         return problem_response(request_id_of(request), status=400, code="malformed_json", detail=detail)
     first = found[0]
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    hint = "send Content-Type: application/json" if isinstance(error.body, bytes) and first.loc == ["body"] else None
+    hint = _known_fields(error.errors()[0])
+    if isinstance(error.body, bytes) and first.loc == ["body"]:
+        hint = "send Content-Type: application/json"
     return problem_response(
         request_id_of(request),
         status=422,
@@ -191,6 +195,16 @@ def _field_error(item: Mapping[str, Any]) -> FieldError:
     return FieldError(
         loc=loc, message=str(item["msg"]).removeprefix("Value error, "), input=_printable(item.get("input"))
     )
+
+
+def _known_fields(item: Mapping[str, Any]) -> str | None:
+    """For an unknown field of a spec: what may stand there, the likeliest name first."""
+    loc = item["loc"]
+    if item["type"] != "extra_forbidden" or len(loc) < 4 or loc[1] not in SPECS or loc[2] != "spec":
+        return None
+    known = field_names(SPECS[loc[1]], loc[3:-1])
+    likely = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return (f"did you mean {likely[0]}? " if likely else "") + f"known here: {', '.join(known)}"
 
 
 def _printable(value: Any) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,6 +16,25 @@ class Spec(BaseModel):
     """Base of everything that a user posts: unknown fields are refused, values are frozen once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def field_names(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """The fields that may stand at `path` (field names and list indices) inside a spec; none where no object stands."""
+    for part in path:
+        if isinstance(part, int):
+            continue
+        info = model.model_fields.get(part)
+        inner = _model_in(info.annotation) if info else None
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for item in get_args(annotation) if (found := _model_in(item))), None)
 
 
 class ArtifactRef(Spec):

@@ -41,6 +41,18 @@ class TestSubmit:
         assert "8" in refused["detail"]
         assert count(api, Job) == 0
 
+    def test_an_unknown_field_is_answered_with_the_known_ones(self, api: Api) -> None:
+        body = api.conversion()
+        body["spec"]["parallel"] = {"tp": 2, "llm_pp_layers": [[28]], "vit_pp_layers": [[32]]}
+        refused = problem(api.post("/v1/jobs", body), 422, "invalid_spec")
+        assert refused["errors"][0]["loc"] == ["body", "spec", "parallel", "tp"]
+        assert refused["hint"] == "known here: tp_size, llm_pp_layers, vit_pp_layers"
+        body = api.conversion()
+        body["spec"]["operatoin"] = "hf_to_mm"
+        assert problem(api.post("/v1/jobs", body), 422, "invalid_spec")["hint"].startswith(
+            "did you mean operation? known"
+        )
+
     def test_answers_with_the_job(self, api: Api) -> None:
         body = api.conversion(name="split it", labels={"team": "vision"}, priority=3)
         answer = api.post("/v1/jobs", body)
