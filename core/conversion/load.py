@@ -19,12 +19,19 @@ from core.models.qwen2_5_vl.family import Config
 
 
 def load_stage(
-    mm_dir: Path, source_parallel: Split, config: Config, stage: Stage, *, tp: tuple[int, int] = (1, 0), iteration: int | None = None
+    mm_dir: Path,
+    source_parallel: Split,
+    config: Config,
+    stage: Stage,
+    *,
+    tp: tuple[int, int] = (1, 0),
+    iteration: int | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name in the rank file of `stage`, tensor) in the stored type; the parts of split tensors are put together.
 
-    `tp` = (size, rank) asks for the slice of one tensor-parallel rank. `iteration` picks another than the tracker names. A tied output layer comes only where the embedding is on another
-    stage. Raises CorruptCheckpoint, UnknownWeights, and IncompatiblePlan for a wrong `source_parallel`.
+    `tp` = (size, rank) asks for the slice of one tensor-parallel rank. `iteration` picks another than the tracker names. A tied
+    output layer comes only where the embedding is on another stage. Raises CorruptCheckpoint, UnknownWeights, and IncompatiblePlan
+    for a wrong `source_parallel`.
     """
     folder = inspect_mm_folder(mm_dir, source_parallel, iteration=iteration)
     return _stage_tensors(MMWeights(folder, config, source_parallel), config, stage, tp)

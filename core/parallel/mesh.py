@@ -95,7 +95,9 @@ def build_mesh(*, pp_size: int, dp_size: int, tp_size: int = 1, tied_stages: Seq
     if pp_size * dp_size * tp_size == 1:
         return Mesh()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    assert world_size == pp_size * dp_size * tp_size, f"{world_size} ranks for pp {pp_size} x dp {dp_size} x tp {tp_size}"
+    assert world_size == pp_size * dp_size * tp_size, (
+        f"{world_size} ranks for pp {pp_size} x dp {dp_size} x tp {tp_size}"
+    )
     slices = range(tp_size)
     pipelines = [
         pp_ranks(pp_size, dp_size, dp_rank, tp_size=tp_size, tp_rank=tp_rank)

@@ -44,6 +44,19 @@ def test_a_stage_is_what_its_rank_file_holds(tmp_path: Path, source: HFFolder) -
         assert_same(loaded, load(tmp_path / f"wanted/release/mp_rank_00_{rank:03d}/model_optim_rng.pt")["model"])
 
 
+@pytest.mark.parametrize("stored", [ONE, TWO_BY_TWO], ids=["tp1", "tp2pp2"])
+def test_a_slice_of_a_stage_is_what_its_rank_file_holds(tmp_path: Path, source: HFFolder, stored: ParallelSpec) -> None:
+    sliced = PIPELINE.model_copy(update={"tp_size": 2})
+    hf_to_mm(source, tmp_path / "wanted", sliced)
+    hf_to_mm(source, tmp_path / "mm", stored)
+    for pp_rank, stage in enumerate(stages(source.config, sliced)):
+        for tp_rank in range(2):
+            wanted = load(tmp_path / f"wanted/release/mp_rank_{tp_rank:02d}_{pp_rank:03d}/model_optim_rng.pt")["model"]
+            tp = (2, tp_rank)
+            assert_same(dict(load_stage(tmp_path / "mm", stored, source.config, stage, tp=tp)), wanted)
+            assert_same(dict(load_stage_from_hf(source.path, source.config, stage, tp=tp)), wanted)
+
+
 def test_a_tied_head_comes_only_without_the_embedding(tmp_path: Path) -> None:
     source = inspect_hf_folder(tiny_model(tmp_path / "hf", shape=TinyShape(vision_layers=3, text_layers=4, tied=True)))
     hf_to_mm(source, tmp_path / "mm", ONE)

@@ -25,17 +25,34 @@ class TestOrderOfRanks:
             assert mesh.is_first_stage == (rank < 3)
             assert mesh.is_last_stage == (rank >= 3)
 
+    def test_tensor_parallel_ranks_are_the_nearest_neighbours(self) -> None:
+        assert pp_ranks(2, 2, 1, tp_size=2, tp_rank=1) == [3, 7]
+        assert dp_ranks(2, 1, tp_size=2, tp_rank=0) == [4, 6]
+        for rank in range(8):
+            mesh = Mesh(rank=rank, pp_size=2, dp_size=2, tp_size=2)
+            at = (mesh.pp_rank * 2 + mesh.dp_rank) * 2 + mesh.tp_rank
+            assert at == rank
+            assert pp_ranks(2, 2, mesh.dp_rank, tp_size=2, tp_rank=mesh.tp_rank)[mesh.pp_rank] == rank
+            assert dp_ranks(2, mesh.pp_rank, tp_size=2, tp_rank=mesh.tp_rank)[mesh.dp_rank] == rank
+
 
 class TestGroups:
     def test_one_process_needs_no_group(self) -> None:
         mesh = build_mesh(pp_size=1, dp_size=1)
-        assert mesh.world_group is mesh.pp_group is mesh.dp_group is mesh.tied_group is None
+        assert mesh.world_group is mesh.pp_group is mesh.dp_group is mesh.tp_group is mesh.tied_group is None
 
     def test_each_group_sums_over_its_own_ranks(self) -> None:
         results = run(_sums, 4)
         assert [result["pp"] for result in results] == [2.0, 4.0, 2.0, 4.0]
         assert [result["dp"] for result in results] == [1.0, 1.0, 5.0, 5.0]
         assert [result["tied"] for result in results] == [2.0, 4.0, 2.0, 4.0]
+
+    def test_each_group_is_of_the_same_slice_but_that_of_slices(self) -> None:
+        results = run(_sums, 8, 2)
+        assert [result["tp"] for result in results] == [1.0, 1.0, 5.0, 5.0, 9.0, 9.0, 13.0, 13.0]
+        assert [result["dp"] for result in results] == [2.0, 4.0, 2.0, 4.0, 10.0, 12.0, 10.0, 12.0]
+        assert [result["pp"] for result in results] == [4.0, 6.0, 8.0, 10.0, 4.0, 6.0, 8.0, 10.0]
+        assert [result["tied"] for result in results] == [result["pp"] for result in results]
 
     def test_ranks_outside_the_tied_stages_get_no_tied_group(self) -> None:
         assert run(_tied_outside, 3) == [True, False, True]
@@ -47,12 +64,14 @@ class TestRun:
             run(_fails_on_one, 2)
 
 
-def _sums(rank: int) -> dict[str, float]:
-    mesh = build_mesh(pp_size=2, dp_size=2, tied_stages=(0, 1))
+def _sums(rank: int, tp_size: int = 1) -> dict[str, float]:
+    mesh = build_mesh(pp_size=2, dp_size=2, tp_size=tp_size, tied_stages=(0, 1))
+    groups = {"pp": mesh.pp_group, "dp": mesh.dp_group, "tied": mesh.tied_group, "tp": mesh.tp_group}
     sums = {}
-    for name, group in (("pp", mesh.pp_group), ("dp", mesh.dp_group), ("tied", mesh.tied_group)):
+    for name, group in groups.items():
         value = torch.tensor(float(rank))
-        dist.all_reduce(value, group=group)
+        if group is not None:
+            dist.all_reduce(value, group=group)
         sums[name] = value.item()
     return sums
 

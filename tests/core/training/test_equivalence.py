@@ -8,6 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.models.layers.recompute import Recompute, RecomputePolicy
+from core.models.plan import Replicate
+from core.models.qwen2_5_vl.family import PLAN
+from core.parallel.tensor import cut, pattern
 from core.specs.training import FreezeSpec
 from tests.core.training.tiny import NOTHING_FROZEN, Case, Step, one_step
 from tests.distributed import run
@@ -28,6 +32,17 @@ LAYOUTS = {
     "pp2 tied": Case(llm=(2, 2), vit=(4, 0), micro_batches=(HALVES,), tied=True),
     "pp3 dp2 tied": Case(llm=(0, 2, 2), vit=(4, 0, 0), micro_batches=(((0, 1), (2, 3)), ((4, 5), (6, 7))), tied=True),
 }
+TENSOR_LAYOUTS = {
+    "tp2": Case(tp=2),
+    "tp2 tied, text only": Case(tp=2, tied=True, with_images=False),
+    "tp2 dp2, one empty": Case(tp=2, micro_batches=((tuple(range(7)), ()), ((7,), ()))),
+    "tp2 pp2 tied": Case(tp=2, llm=(2, 2), vit=(4, 0), micro_batches=(HALVES,), tied=True),
+    "tp2 pp2 vision | text": Case(tp=2, llm=(0, 4), vit=(4, 0), micro_batches=(HALVES,)),
+    "tp2 pp3 uneven": Case(tp=2, llm=(0, 1, 3), vit=(1, 3, 0), micro_batches=(((0,), (1,), (2, 3), (4, 5), (6, 7)),)),
+    "tp2 pp2 dp2 tied": Case(
+        tp=2, llm=(1, 3), vit=(4, 0), micro_batches=(((0, 1), (2, 3)), ((4, 5), (6, 7))), tied=True
+    ),
+}
 FREEZES = {
     "nothing": NOTHING_FROZEN,
     "vision": FreezeSpec(vision_encoder=True, vision_projector=True, text_decoder=False),
@@ -39,18 +54,25 @@ FREEZES = {
 def reference(case: Case) -> Step:
     """One process, one micro-batch."""
     rows = tuple(sorted(row for rank in case.micro_batches for part in rank for row in part))
-    return one_step(0, replace(case, llm=(4,), vit=(4,), micro_batches=((rows,),)))
+    return one_step(0, replace(case, llm=(4,), vit=(4,), micro_batches=((rows,),), tp=1, recompute=None))
 
 
-def assert_same(steps: list[Step], expected: Step, *, tied: bool) -> None:
+def assert_same(steps: list[Step], expected: Step, *, tied: bool, tp: int = 1) -> None:
     for step in steps:
         assert step.loss == pytest.approx(expected.loss, rel=1e-6)
         assert step.norm == pytest.approx(expected.norm, rel=1e-5)
         for name, gradient in step.gradients.items():
-            assert_near(gradient, expected.gradients[as_one_process(name, tied)], 1e-7 * expected.norm, name)
+            wanted = own_part(expected.gradients[as_one_process(name, tied)], name, tp, step.tp_rank)
+            assert_near(gradient, wanted, 1e-7 * expected.norm, name)
         for name, weight in step.weights.items():
-            assert_near(weight, expected.weights[as_one_process(name, tied)], 1e-7, name)
+            wanted = own_part(expected.weights[as_one_process(name, tied)], name, tp, step.tp_rank)
+            assert_near(weight, wanted, 1e-7, name)
     assert {as_one_process(name, tied) for step in steps for name in step.gradients} == set(expected.gradients)
+
+
+def own_part(whole: Tensor, name: str, tp: int, tp_rank: int) -> Tensor:
+    """What a tensor-parallel rank holds of the whole model's tensor."""
+    return cut(whole, PLAN[pattern(name)], tp_size=tp, tp_rank=tp_rank)
 
 
 def as_one_process(name: str, tied: bool) -> str:
@@ -85,6 +107,29 @@ class TestLayouts:
         case = LAYOUTS["pp3 dp2 tied"]
         steps = run(one_step, case.world_size, case)
         assert torch.equal(steps[2].weights[EMBEDDING], steps[4].weights[OUTPUT])
+
+
+class TestTensorLayouts:
+    @pytest.mark.parametrize("name", TENSOR_LAYOUTS)
+    def test_a_layout_equals_one_process(self, name: str) -> None:
+        case = TENSOR_LAYOUTS[name]
+        assert_same(run(one_step, case.world_size, case), reference(case), tied=case.tied, tp=2)
+
+    @pytest.mark.parametrize("name", FREEZES)
+    def test_frozen_towers_equal_one_process(self, name: str) -> None:
+        case = replace(TENSOR_LAYOUTS["tp2"], frozen=FREEZES[name])
+        assert_same(run(one_step, 2, case), reference(case), tied=False, tp=2)
+
+    @pytest.mark.parametrize("policy", [RecomputePolicy("full", "uniform", 2), RecomputePolicy("selective")])
+    def test_recompute_equals_one_process(self, policy: RecomputePolicy) -> None:
+        case = replace(TENSOR_LAYOUTS["tp2 pp2 tied"], recompute=Recompute(policy, policy), clip_grad=0.05)
+        assert_same(run(one_step, 4, case), reference(case), tied=True, tp=2)
+
+    def test_what_ranks_share_stays_equal_bit_for_bit(self) -> None:
+        first, second = run(one_step, 2, TENSOR_LAYOUTS["tp2"])
+        shared = [name for name in first.weights if isinstance(PLAN[pattern(name)], Replicate)]
+        assert shared
+        assert all(torch.equal(first.weights[name], second.weights[name]) for name in shared)
 
 
 class TestAccumulation:

@@ -21,10 +21,11 @@ from core.models.batch import PackedBatch
 from core.models.layers.recompute import Recompute
 from core.models.plan import Stage, stages, whole
 from core.models.positions import mrope_positions
-from core.models.qwen2_5_vl.family import Config, TextConfig, VisionConfig
+from core.models.qwen2_5_vl.family import PLAN, Config, TextConfig, VisionConfig
 from core.models.qwen2_5_vl.model import Qwen2_5_VLStage
 from core.parallel.data import all_reduce_rows
 from core.parallel.mesh import Mesh, build_mesh
+from core.parallel.tensor import shard
 from core.specs.parallel import ParallelSpec
 from core.specs.training import FreezeSpec, OptimizerSpec, TrainingSpec
 from core.training.checkpoint import Checkpoints, Facts, Position
@@ -156,10 +157,12 @@ class Case:
     frozen: FreezeSpec = NOTHING_FROZEN
     with_images: bool = True
     clip_grad: float = 0.0
+    tp: int = 1
+    recompute: Recompute | None = None
 
     @property
     def world_size(self) -> int:
-        return len(self.llm) * len(self.micro_batches)
+        return len(self.llm) * len(self.micro_batches) * self.tp
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,7 @@ class Step:
     norm: float
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
+    tp_rank: int = 0
 
 
 class Rank:
@@ -179,15 +183,18 @@ class Rank:
         self.case, self.config = case, tiny_config(tied=case.tied)
         self.stages = stages(self.config, ParallelSpec(llm_pp_layers=(case.llm,), vit_pp_layers=(case.vit,)))
         tied = [stage.index for stage in self.stages if stage.has_embedding or stage.has_output] if case.tied else []
-        self.mesh: Mesh = build_mesh(pp_size=len(case.llm), dp_size=len(case.micro_batches), tied_stages=tied)
+        self.mesh: Mesh = build_mesh(
+            pp_size=len(case.llm), dp_size=len(case.micro_batches), tp_size=case.tp, tied_stages=tied
+        )
         self.stage = self.stages[self.mesh.pp_rank]
-        self.model: nn.Module = stage_model(self.config, self.stage)
+        self.model: nn.Module = stage_model(self.config, self.stage, recompute=case.recompute)
         freeze(self.model, case.frozen)
+        held = shard(self.model, PLAN, self.mesh)
         self.optimizer = Optimizer(
-            self.model, optimizer or SMOOTH.model_copy(update={"clip_grad": case.clip_grad}), self.mesh
+            self.model, optimizer or SMOOTH.model_copy(update={"clip_grad": case.clip_grad}), self.mesh, held=held
         )
         accelerator = CpuAccelerator()
-        self.head = Head(self.model, accelerator.device)
+        self.head = Head(self.model, accelerator.device, self.mesh)
         self.pipeline = build_pipeline(
             self.model, self.head, self.mesh, self.config, self.stages, case.frozen, accelerator
         )
@@ -213,7 +220,7 @@ class Rank:
         loss_sum, squared_norm = table.sum(0).tolist()
         norm = self.optimizer.step(learning_rate=1e-2, num_targets=num_targets, squared_norm=squared_norm)
         weights = {global_name(name, self.stage): tensor.clone() for name, tensor in self.model.state_dict().items()}
-        return Step(loss_sum / num_targets, norm, gradients, weights)
+        return Step(loss_sum / num_targets, norm, gradients, weights, mesh.tp_rank)
 
 
 def one_step(rank: int, case: Case) -> Step:
@@ -269,7 +276,7 @@ def make_trainer(rank: Rank, spec: TrainingSpec, folder: Path, notes: Notes) -> 
     checkpoints = Checkpoints(
         folder,
         mesh,
-        rank_folder=Path(rank_dir("release", 0, mesh.pp_rank, mesh.pp_size)).name,
+        rank_folder=Path(rank_dir("release", mesh.tp_rank, mesh.pp_rank, mesh.pp_size)).name,
         write_weights=write_rank_file,
         keep_last=spec.checkpoint.keep_last,
     )
