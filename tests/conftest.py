@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from core.db.migrate import upgrade
+from core.db.session import Database
+from core.settings import Settings
 from tests.services import REPOSITORY, Postgres, RedisServer, running_postgres, running_redis
 
 
@@ -63,3 +66,18 @@ def data_dir() -> Path:
             f"no test data at {folder}; set TEMPER_TEST_DATA to the folder that holds qwen2-tokenizer/ and cc12m/"
         )
     return folder.resolve()
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """A migrated database, once on SQLite and once on PostgreSQL."""
+    opened = Database(database_url, pool_size=5)
+    upgrade(opened)
+    yield opened
+    opened.dispose()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Settings of a home of its own; folders below `tmp_path` may be registered."""
+    return Settings(home=tmp_path / "home", allow_roots=(tmp_path,))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from core.device import reference
+from core.device.reference import ReferenceOperations
 
 
-class CudaAccelerator:
+class CudaAccelerator(ReferenceOperations):
     """One GPU of this host."""
 
     name = "cuda"
@@ -18,23 +18,6 @@ class CudaAccelerator:
     def __init__(self, local_rank: int = 0) -> None:
         self.device = torch.device("cuda", local_rank)
         torch.cuda.set_device(self.device)
-
-    def attention_varlen(
-        self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, cu_seqlens: tuple[int, ...], *, causal: bool
-    ) -> Tensor:
-        return reference.attention_varlen(q_TND, k_TGD, v_TGD, cu_seqlens, causal=causal)
-
-    def attention_cached(self, q_BND: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_BS: Tensor | None) -> Tensor:
-        return reference.attention_cached(q_BND, k_BGSD, v_BGSD, mask_BS)
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return reference.rms_norm(x, weight, eps)
-
-    def swiglu(self, x_2F: Tensor) -> Tensor:
-        return reference.swiglu(x_2F)
-
-    def rotary(self, x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-        return reference.rotary(x_TND, cos_TD, sin_TD)
 
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)

@@ -95,3 +95,24 @@ def _segment_runs(
         return None, tuple(runs)
     order = torch.cat([torch.arange(cu_seqlens[i], cu_seqlens[i + 1]) for i in segments])
     return (order, torch.argsort(order)), tuple(runs)
+
+
+class ReferenceOperations:
+    """The operations of an accelerator that has no kernels of its own for them."""
+
+    def attention_varlen(
+        self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, cu_seqlens: tuple[int, ...], *, causal: bool
+    ) -> Tensor:
+        return attention_varlen(q_TND, k_TGD, v_TGD, cu_seqlens, causal=causal)
+
+    def attention_cached(self, q_BND: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_BS: Tensor | None) -> Tensor:
+        return attention_cached(q_BND, k_BGSD, v_BGSD, mask_BS)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, weight, eps)
+
+    def swiglu(self, x_2F: Tensor) -> Tensor:
+        return swiglu(x_2F)
+
+    def rotary(self, x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+        return rotary(x_TND, cos_TD, sin_TD)

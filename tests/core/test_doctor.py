@@ -9,23 +9,10 @@ from pathlib import Path
 import pytest
 
 from core.doctor import ASCEND, SUPPORTED, Host, examine, look, npu_count, version_in
+from tests.core.npu_smi import TWO_CARDS
 
-NPU_SMI = """\
-+------------------------------------------------------------------------------------------------+
-| npu-smi 25.2.0                   Version: 25.2.0                                               |
-+---------------------------+---------------+----------------------------------------------------+
-| NPU   Name                | Health        | Power(W)    Temp(C)           Hugepages-Usage(page)|
-| Chip                      | Bus-Id        | AICore(%)   Memory-Usage(MB)  HBM-Usage(MB)        |
-+===========================+===============+====================================================+
-| 0     910B3               | OK            | 88.7        35                0    / 0             |
-| 0                         | 0000:C1:00.0  | 0           0    / 0          3162 / 65536         |
-+===========================+===============+====================================================+
-| 1     910B3               | OK            | 92.1        36                0    / 0             |
-| 0                         | 0000:C2:00.0  | 0           0    / 0          3162 / 65536         |
-+===========================+===============+====================================================+
-"""
 GOOD = Host(
-    npu_smi=NPU_SMI,
+    npu_smi=TWO_CARDS,
     driver="25.2.0",
     firmware="25.2.0",
     toolkit="8.2.RC1",
@@ -118,7 +105,7 @@ class TestLook:
 
 class TestNpuCount:
     def test_cards_are_counted_once_each(self) -> None:
-        assert npu_count(NPU_SMI) == 2
+        assert npu_count(TWO_CARDS) == 2
 
 
 class TestSupported:

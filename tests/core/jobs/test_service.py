@@ -19,6 +19,7 @@ from core.errors import (
 )
 from core.jobs import service
 from core.jobs.lifecycle import JobState, transition
+from core.jobs.principal import Principal
 from core.settings import Settings
 from core.storage.local import Store
 from tests.factories import ADMIN, ALICE, BOB, LAYOUT_7B, add_artifact, add_node, dataset_source, hf_7b, request, submit
@@ -268,6 +269,14 @@ class TestCancelAndRetry:
                 service.retry(session, job)
 
 
+def register(session: Session, settings: Settings, kind: str, path: Path, *, principal: Principal = ADMIN) -> Artifact:
+    """Register a folder as the API does."""
+    store = Store(settings.store_dir)
+    return service.register(
+        session, settings=settings, store=store, principal=principal, kind=kind, path=str(path), name=None
+    )
+
+
 class TestArtifacts:
     def test_an_artifact_of_a_live_job_is_not_deleted(self, database: Database, settings: Settings) -> None:
         with database.write() as session:
@@ -292,15 +301,7 @@ class TestArtifacts:
         (source / "a.json").write_text("[]")
         store = Store(settings.store_dir)
         with database.write() as session:
-            made = service.register(
-                session,
-                settings=settings,
-                store=store,
-                principal=ADMIN,
-                kind="dataset_source",
-                path=str(source),
-                name=None,
-            )
+            made = register(session, settings, "dataset_source", source, principal=ADMIN)
         (entry,) = store.manifest(made.id).files
         assert (made.name, made.shared, entry.path, entry.size) == ("source", True, "a.json", 2)
         assert entry.sha256 == "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945"
@@ -313,46 +314,18 @@ class TestArtifacts:
         (source / "a.json").write_text("[]")
         (tmp_path / "beside.txt").write_text("within the roots")
         (source / "fine.txt").symlink_to(tmp_path / "beside.txt")
-        store = Store(settings.store_dir)
-
-        def register(session: Session) -> Artifact:
-            return service.register(
-                session,
-                settings=settings,
-                store=store,
-                principal=ADMIN,
-                kind="dataset_source",
-                path=str(source),
-                name=None,
-            )
 
         with database.write() as session:
-            assert register(session).num_files == 2
+            assert register(session, settings, "dataset_source", source).num_files == 2
         (source / "passwd.txt").symlink_to("/etc/passwd")
         with database.write() as session, pytest.raises(ForbiddenPath, match=r"passwd\.txt"):
-            register(session)
+            register(session, settings, "dataset_source", source)
 
     def test_an_empty_folder_is_no_data_set(self, database: Database, settings: Settings, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         with database.write() as session, pytest.raises(InvalidDataset):
-            service.register(
-                session,
-                settings=settings,
-                store=Store(settings.store_dir),
-                principal=ALICE,
-                kind="dataset_source",
-                path=str(tmp_path / "empty"),
-                name=None,
-            )
+            register(session, settings, "dataset_source", tmp_path / "empty", principal=ALICE)
 
     def test_a_report_cannot_be_registered(self, database: Database, settings: Settings, tmp_path: Path) -> None:
         with database.write() as session, pytest.raises(InvalidSpec, match="cannot be registered"):
-            service.register(
-                session,
-                settings=settings,
-                store=Store(settings.store_dir),
-                principal=ALICE,
-                kind="report",
-                path=str(tmp_path),
-                name=None,
-            )
+            register(session, settings, "report", tmp_path, principal=ALICE)

@@ -1,31 +1,11 @@
 from core.scheduler.inventory import Device, detect, parse_npu_smi
 from core.settings import Settings
-
-# Written by us from the documented form of `npu-smi info` (two 910B cards, the second with an alarm).
-NPU_SMI_INFO = """\
-+------------------------------------------------------------------------------------------------+
-| npu-smi 25.2.0                   Version: 25.2.0                                               |
-+---------------------------+---------------+----------------------------------------------------+
-| NPU   Name                | Health        | Power(W)    Temp(C)           Hugepages-Usage(page)|
-| Chip                      | Bus-Id        | AICore(%)   Memory-Usage(MB)  HBM-Usage(MB)        |
-+===========================+===============+====================================================+
-| 0     910B3               | OK            | 97.3        45                0    / 0             |
-| 0                         | 0000:C1:00.0  | 0           0    / 0          3392 / 65536         |
-+===========================+===============+====================================================+
-| 1     910B3               | Alarm         | 94.0        44                0    / 0             |
-| 0                         | 0000:01:00.0  | 0           0    / 0          3392 / 65536         |
-+===========================+===============+====================================================+
-+---------------------------+---------------+----------------------------------------------------+
-| NPU     Chip              | Process id    | Process name             | Process memory(MB)      |
-+===========================+===============+====================================================+
-| 0       0                 | 12345         | python                   | 3100                    |
-+===========================+===============+====================================================+
-"""
+from tests.core.npu_smi import ONE_CARD_ALARMS
 
 
 class TestParseNpuSmi:
     def test_cards_health_and_memory_are_read(self) -> None:
-        assert parse_npu_smi(NPU_SMI_INFO) == (
+        assert parse_npu_smi(ONE_CARD_ALARMS) == (
             Device(0, "910B3", True, 65536 << 20),
             Device(1, "910B3", False, 65536 << 20),
         )
