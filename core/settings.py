@@ -40,6 +40,9 @@ class Settings(BaseSettings):
     devices: int | None = Field(
         None, ge=0, le=1024, description="Devices to offer; detected if absent (CPU: one per core, at least 2)."
     )
+    reserve_after_s: float = Field(
+        600.0, ge=0, description="Seconds after which free devices are kept for a queued job that has not fitted yet."
+    )
     host_jobs: int = Field(
         2, ge=1, le=256, description="Jobs without a device (conversion, dataset) that run here at once."
     )

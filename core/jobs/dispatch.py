@@ -115,34 +115,61 @@ def _release(session: Session, job: Job) -> None:
 
 
 def place(database: Database, settings: Settings, now: datetime) -> None:
-    """Give devices to queued jobs, highest priority and then longest wait first; a job that does not fit lets others pass."""
+    """Give devices to queued jobs, highest priority and then longest wait first.
+
+    A job that does not fit lets others pass, until it has waited `reserve_after_s`: from then on devices that become free
+    are kept for it, so that a stream of small jobs cannot hold up a large one for ever.
+    """
     with database.read() as session:
         queued = session.scalars(
-            select(Job.id)
-            .where(Job.state == JobState.QUEUED.value)
-            .order_by(Job.priority.desc(), Job.queued_at, Job.id)
+            select(Job).where(Job.state == JobState.QUEUED.value).order_by(Job.priority.desc(), Job.queued_at, Job.id)
         ).all()
-    for job_id in queued:
-        try:
-            with database.write() as session:
-                launched = _place(session, session.get_one(Job, job_id), settings, now)
-        except (InvalidTransition, IntegrityError) as race:
-            log.info("job.place.raced", job_id=job_id, error=str(race))
+        free = free_nodes(session, settings, now)
+    patience = timedelta(seconds=settings.reserve_after_s)
+    starving: Job | None = None
+    for job in queued:
+        if starving is not None and job.devices_per_node > 0:
+            _explain(database, job, f"devices are being kept for job {starving.id}, which has waited longer")
             continue
-        for lease in launched:
-            queue.send_launch(settings, lease.id, lease.node)
+        match choose(need_of_row(job), free):
+            case Refusal(reason):
+                _explain(database, job, reason)
+                if job.devices_per_node > 0 and job.queued_at is not None and now - job.queued_at > patience:
+                    starving = job
+            case _:
+                _place(database, job.id, settings, now)
+                with database.read() as session:
+                    free = free_nodes(session, settings, now)
 
 
-def _place(session: Session, job: Job, settings: Settings, now: datetime) -> list[Lease]:
-    if job.state != JobState.QUEUED.value:
-        return []
-    match choose(Need(job.num_nodes, job.devices_per_node), free_nodes(session, settings, now)):
-        case Refusal(reason):
-            if job.reason != reason:
-                job.reason = reason
-            return []
-        case shares:
-            return _grant(session, job, shares, settings, now)
+def need_of_row(job: Job) -> Need:
+    """What a stored job takes of the cluster."""
+    return Need(job.num_nodes, job.devices_per_node)
+
+
+def _explain(database: Database, job: Job, reason: str) -> None:
+    """Tell why a job still waits, if it is not told yet."""
+    if job.reason != reason:
+        with database.write() as session:
+            session.execute(
+                update(Job).where(Job.id == job.id, Job.state == JobState.QUEUED.value).values(reason=reason)
+            )
+
+
+def _place(database: Database, job_id: str, settings: Settings, now: datetime) -> None:
+    """Place one job if it still is queued and what it needs still is free."""
+    try:
+        with database.write() as session:
+            job = session.get_one(Job, job_id, with_for_update=True)
+            shares = choose(need_of_row(job), free_nodes(session, settings, now))
+            if job.state != JobState.QUEUED.value or isinstance(shares, Refusal):
+                return
+            leases = _grant(session, job, shares, settings, now)
+    except (InvalidTransition, IntegrityError) as race:
+        log.info("job.place.raced", job_id=job_id, error=str(race))
+        return
+    for lease in leases:
+        queue.send_launch(settings, lease.id, lease.node)
 
 
 def _grant(session: Session, job: Job, shares: tuple[Share, ...], settings: Settings, now: datetime) -> list[Lease]:

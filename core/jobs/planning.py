@@ -367,10 +367,6 @@ def of_artifact(artifact: Artifact) -> Subject:
 def refuse_unsupported(spec: TrainingSpec) -> None:
     """Refuse what this version of the engine cannot do, rather than ignore it."""
     parallel = spec.parallel
-    if parallel.tp_size > 1:
-        raise UnsupportedOption(
-            f"spec.parallel.tp_size ({parallel.tp_size}): this version trains with pipeline and data parallelism only; use tp_size 1"
-        )
     if parallel.vpp_size > 1:
         raise UnsupportedOption(
             f"spec.parallel.llm_pp_layers has {parallel.vpp_size} virtual chunks: this version trains without them; use one list inside"
@@ -381,7 +377,8 @@ def refuse_unsupported(spec: TrainingSpec) -> None:
 
 def _rank_memory(spec: TrainingSpec, config: Config, stage: Stage) -> RankMemory:
     frozen = {name for name, value in spec.freeze if value}
-    estimate = training_memory(config, stage, frozen=frozen, precision=spec.precision)
+    tp_size = spec.parallel.tp_size
+    estimate = training_memory(config, stage, frozen=frozen, precision=spec.precision, tp_size=tp_size)
     return RankMemory(pipeline_rank=stage.index, **estimate)
 
 

@@ -13,6 +13,7 @@ layers load with it, and the API refuses an impossible split at submission with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,6 +28,12 @@ class Cut:
 
     rows: tuple[tuple[int, int], ...]
     columns: tuple[int, int] | None = None
+
+    def size(self, shape: Shape) -> int:
+        """Elements that it keeps of a tensor of this shape."""
+        first, last = self.columns or (0, shape[1] if len(shape) > 1 else 1)
+        rows = sum(stop - start for start, stop in self.rows)
+        return rows * (last - first) * math.prod(shape[2:])
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,23 @@ class TestPlace:
         dispatch.tick(database, settings)
         assert sorted(lease.node for lease in leases_of(database, gang)) == ["node-a", "node-b"]
 
+    def test_a_large_job_is_passed_at_first_and_then_has_devices_kept(
+        self, database: Database, settings: Settings
+    ) -> None:
+        for name in ("node-a", "node-b"):
+            add_node(database, settings, name)
+        blocker = submit_training(database, settings)
+        dispatch.tick(database, settings)
+        large = submit_training(database, settings, parallel={"nnodes": 2})
+        small = submit_training(database, settings)
+        impatient = settings.model_copy(update={"reserve_after_s": 0})
+        dispatch.tick(database, impatient)
+        assert [state_of(database, job) for job in (blocker, large, small)] == ["starting", "queued", "queued"]
+        with database.read() as session:
+            assert large in (session.get_one(Job, small).reason or "")
+        dispatch.tick(database, settings)
+        assert [state_of(database, job) for job in (large, small)] == ["queued", "starting"]
+
     def test_a_silent_or_unhealthy_host_gets_nothing(self, database: Database, settings: Settings) -> None:
         add_node(database, settings, "silent")
         add_node(database, settings, "broken")

@@ -98,7 +98,6 @@ class TestRefusals:
         ("change", "named"),
         [
             ({"lora": {"r": 8}}, "spec.lora"),
-            ({"parallel": {**LAYOUT_7B, "tp_size": 2, "nproc_per_node": 4}}, "spec.parallel.tp_size"),
             (
                 {
                     "parallel": {
