@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(8 << 20, ge=1024, description="Largest JSON request body.")
     max_chunk_bytes: int = Field(64 << 20, ge=1024, description="Largest upload chunk.")
     max_upload_bytes: int = Field(1 << 40, ge=1, description="Largest upload.")
+    upload_ttl_s: float = Field(
+        7 * 86400.0, gt=0, description="Seconds after which an upload that was not completed is removed."
+    )
     max_unpacked_bytes: int = Field(4 << 40, ge=1, description="Most bytes that an archive may unpack to.")
     max_unpacked_files: int = Field(2_000_000, ge=1, description="Most files that an archive may hold.")
     max_unpack_ratio: float = Field(200.0, gt=1, description="Largest ratio of unpacked to packed size.")

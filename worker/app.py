@@ -30,12 +30,21 @@ def build_worker(settings: Settings) -> Celery:
     def launch(lease_id: str) -> None:
         tasks.launch(database, settings, lease_id)
 
+    @app.task(name=queue.CLEAN)
+    def clean() -> None:
+        tasks.clean(database, settings)
+
     app.conf.beat_schedule = {
+        "clean": {
+            "task": queue.CLEAN,
+            "schedule": 3600.0,
+            "options": {"queue": queue.CONTROL_QUEUE, "expires": 3600.0},
+        },
         "tick": {
             "task": queue.TICK,
             "schedule": settings.tick_s,
             "options": {"queue": queue.CONTROL_QUEUE, "expires": max(2.0, settings.tick_s)},
-        }
+        },
     }
     app.conf.beat_scheduler = "celery.beat:Scheduler"  # in memory: the schedule is this one line
 

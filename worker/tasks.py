@@ -9,9 +9,10 @@ import sys
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from core.clock import utcnow
 from core.db.models import Lease
 from core.db.session import Database
-from core.jobs import dispatch
+from core.jobs import dispatch, housekeeping
 from core.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -23,6 +24,14 @@ def tick(database: Database, settings: Settings) -> None:
         dispatch.tick(database, settings)
     except SQLAlchemyError as error:
         log.warning("tick.database.unavailable", error=str(error).splitlines()[0])
+
+
+def clean(database: Database, settings: Settings) -> None:
+    """Remove what nobody will come back for."""
+    try:
+        housekeeping.clean(database, settings, utcnow())
+    except SQLAlchemyError as error:
+        log.warning("clean.database.unavailable", error=str(error).splitlines()[0])
 
 
 def launch(database: Database, settings: Settings, lease_id: str) -> None:

@@ -16,6 +16,7 @@ from core.settings import Settings
 
 TICK = "temper.tick"
 LAUNCH = "temper.launch"
+CLEAN = "temper.clean"
 CONTROL_QUEUE = "control"
 
 log = structlog.get_logger(__name__)

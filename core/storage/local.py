@@ -1,11 +1,11 @@
 """The artifact store on a (shared) file system.
 
-    STORE/artifacts/<id>/manifest.json     written last; a folder without it is not an artifact
-    STORE/artifacts/<id>/files/…           absent for a registered folder, whose files stay where they are
-    STORE/artifacts/.tmp/<id>/…            being written
-    STORE/jobs/<job>/attempts/<n>/…        job.json, events.jsonl, run.log, logs/rank_<r>.log
-    STORE/jobs/<job>/checkpoints/…         survive attempts
-    STORE/uploads/<id>                     being uploaded
+STORE/artifacts/<id>/manifest.json     written last; a folder without it is not an artifact
+STORE/artifacts/<id>/files/…           absent for a registered folder, whose files stay where they are
+STORE/artifacts/.tmp/<id>/…            being written
+STORE/jobs/<job>/attempts/<n>/…        job.json, events.jsonl, run.log, logs/rank_<r>.log
+STORE/jobs/<job>/checkpoints/…         survive attempts
+STORE/uploads/<id>                     being uploaded
 """
 
 from __future__ import annotations
@@ -87,8 +87,13 @@ class Store:
             return
         shutil.rmtree(doomed, ignore_errors=True)
 
+    @property
+    def temporary_root(self) -> Path:
+        """Folder of the artifacts that are being written or deleted."""
+        return self.root / "artifacts" / ".tmp"
+
     def _temporary(self, artifact_id: str) -> Path:
-        return self.root / "artifacts" / ".tmp" / artifact_id
+        return self.temporary_root / artifact_id
 
 
 def resolve_allowed(path: str, roots: Iterable[Path]) -> Path:

@@ -1,0 +1,59 @@
+"""What nobody will come back for: abandoned uploads, and temporary folders of artifacts whose writers died.
+
+The age of a temporary folder is that of its newest file, so one that is being written, however large, is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import structlog
+from sqlalchemy import select
+
+from core.db.models import Upload
+from core.db.session import Database
+from core.settings import Settings
+from core.storage.local import Store
+
+log = structlog.get_logger(__name__)
+
+_SCRAP_AGE_S = 24 * 3600.0
+
+
+def clean(database: Database, settings: Settings, now: datetime) -> None:
+    """Remove what is too old."""
+    store = Store(settings.store_dir)
+    expire_uploads(database, store, now - timedelta(seconds=settings.upload_ttl_s))
+    remove_scraps(store.temporary_root, older_than=time.time() - _SCRAP_AGE_S)
+
+
+def expire_uploads(database: Database, store: Store, before: datetime) -> None:
+    """Forget uploads that were begun before that time and never completed, and their bytes."""
+    with database.write() as session:
+        stale = session.scalars(
+            select(Upload).where(Upload.state.in_(("receiving", "failed")), Upload.created_at < before)
+        ).all()
+        for upload in stale:
+            session.delete(upload)
+    for upload in stale:
+        store.upload_path(upload.id).unlink(missing_ok=True)
+        log.info("upload.expired", upload_id=upload.id)
+
+
+def remove_scraps(folder: Path, *, older_than: float) -> None:
+    """Remove the entries of `folder` in which nothing has changed since that time (seconds since the epoch)."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if _newest_change(entry) < older_than:
+            shutil.rmtree(entry, ignore_errors=True)
+            log.info("scrap.removed", name=entry.name)
+
+
+def _newest_change(entry: Path) -> float:
+    newest = entry.stat().st_mtime
+    for parent, _, names in os.walk(entry):
+        newest = max([newest, *(Path(parent, name).lstat().st_mtime for name in names)])
+    return newest

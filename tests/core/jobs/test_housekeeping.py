@@ -1,0 +1,60 @@
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from core.clock import utcnow
+from core.db.models import Upload
+from core.db.session import Database
+from core.jobs import housekeeping
+from core.settings import Settings
+from core.storage.local import Store
+
+
+def add_upload(database: Database, store: Store, name: str, *, state: str, days_old: float) -> Path:
+    with database.write() as session:
+        session.add(
+            Upload(
+                id=name,
+                owner="alice",
+                filename="x.tar",
+                kind="dataset_source",
+                name="x",
+                size_bytes=3,
+                offset=1,
+                state=state,
+                created_at=utcnow() - timedelta(days=days_old),
+            )
+        )
+    path = store.upload_path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    return path
+
+
+class TestExpireUploads:
+    def test_only_old_unfinished_ones_go_with_their_bytes(self, database: Database, settings: Settings) -> None:
+        store = Store(settings.store_dir)
+        old = add_upload(database, store, "upl_old", state="receiving", days_old=8)
+        young = add_upload(database, store, "upl_young", state="receiving", days_old=1)
+        done = add_upload(database, store, "upl_done", state="complete", days_old=8)
+        housekeeping.clean(database, settings, utcnow())
+        with database.read() as session:
+            assert sorted(session.query(Upload.id).all()) == [("upl_done",), ("upl_young",)]
+        assert [path.exists() for path in (old, young, done)] == [False, True, True]
+
+
+class TestRemoveScraps:
+    def test_what_is_still_written_stays(self, tmp_path: Path) -> None:
+        for name in ("dead", "alive"):
+            (tmp_path / name / "files").mkdir(parents=True)
+            (tmp_path / name / "files" / "part").write_text("x")
+            for path in (tmp_path / name / "files" / "part", tmp_path / name / "files", tmp_path / name):
+                os.utime(path, (0, 0))
+        os.utime(tmp_path / "alive" / "files" / "part")
+        housekeeping.remove_scraps(tmp_path, older_than=time.time() - 3600)
+        assert [path.name for path in tmp_path.iterdir()] == ["alive"]
+
+    def test_a_store_without_scraps_is_fine(self, tmp_path: Path) -> None:
+        housekeeping.remove_scraps(tmp_path / "missing", older_than=time.time())
+        assert not (tmp_path / "missing").exists()
