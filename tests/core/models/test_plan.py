@@ -1,12 +1,15 @@
 """Stages and tensor-parallel limits, and what the refusals say."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from core.errors import IncompatiblePlan
+from core.models.layout import stage_layout
+from core.models.mapping import at_layer
 from core.models.plan import legal_tp, stages, whole
-from core.models.qwen2_5_vl.family import SIZES
+from core.models.qwen2_5_vl.family import MAPPING, PLAN, SIZES
 from core.specs.parallel import ParallelSpec
 
 
@@ -21,6 +24,16 @@ class RawSplit:
         self.tp_size = tp
         self.llm_pp_layers = tuple(map(tuple, llm))
         self.vit_pp_layers = tuple(map(tuple, vit))
+
+
+class TestCut:
+    def test_sizes_are_those_of_the_rank_file(self) -> None:
+        config, dims = SIZES["7B"], SIZES["7B"].dims()
+        layouts = stage_layout(config, whole(config), tp_size=4, tp_rank=3)
+        for rule in MAPPING:
+            shape = rule.mm_shape(dims)
+            size = math.prod(layouts[at_layer(rule.mm, 0)].shape)
+            assert PLAN[rule.mm].cut(shape, 4, 3).size(shape) == size, rule.mm
 
 
 class TestLegalTp:

@@ -380,6 +380,16 @@ class Warnings(Quiet):
         self.codes.append(code)
 
 
+def exported(bench: Bench, target: Path, split: dict[str, Any]) -> set[str]:
+    """Export what was trained, which warns of replicas that have drifted apart; return the names of the weights."""
+    checkpoint, layout, watch = bench.outputs()["checkpoint"], ParallelSpec.model_validate(split), Warnings()
+    mm_to_hf(
+        inspect_mm_folder(checkpoint, layout), bench.config, layout, target, hf_files=checkpoint / "hf", watch=watch
+    )
+    assert watch.codes == []
+    return set(inspect_hf_folder(target).tensors)
+
+
 class TestUnderTorchrun:
     def test_two_stages_train_as_one_process_does(self, tmp_path: Path, hf_dir: Path) -> None:
         bench = Bench(tmp_path, hf_dir)
@@ -388,14 +398,21 @@ class TestUnderTorchrun:
         assert result.returncode == 0, result.stdout + result.stderr
         assert bench.losses() == pytest.approx(bench.losses(job="job_b"), rel=1e-4)
         assert "iteration 4/4 | consumed samples 16 |" in result.stdout
-        checkpoint, layout = bench.outputs()["checkpoint"], ParallelSpec.model_validate(SPLIT)
-        watch = Warnings()
-        mm_to_hf(
-            inspect_mm_folder(checkpoint, layout), bench.config, layout, tmp_path / "exported",
-            hf_files=checkpoint / "hf", watch=watch,
-        )  # fmt: skip
-        assert watch.codes == []
-        assert set(inspect_hf_folder(tmp_path / "exported").tensors) == set(inspect_hf_folder(hf_dir).tensors)
+        assert exported(bench, tmp_path / "exported", SPLIT) == set(inspect_hf_folder(hf_dir).tensors)
+
+    def test_slices_of_stages_train_in_bf16_from_a_checkpoint_of_another_layout(
+        self, tmp_path: Path, bench: Bench
+    ) -> None:
+        bench.use_mm(tp_size=2, **WHOLE)
+        training.run(bench.context(spec := training_spec(precision="bf16"), job="job_b"), spec)
+        split = {**SPLIT, "tp_size": 2}
+        result = bench.torchrun(training_spec({**split, "nproc_per_node": 4}, precision="bf16"), 4)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert bench.losses() == pytest.approx(bench.losses(job="job_b"), rel=1e-2)
+        exported(bench, tmp_path / "exported", split)
+        tables = [bench.store.attempt_dir(job, 1) / "parameters.json" for job in ("job_a", "job_b")]
+        first, second = (json.loads(table.read_text())["summary"] for table in tables)
+        assert first == second
 
     def test_the_error_of_a_later_rank_is_the_jobs_error(self, bench: Bench) -> None:
         spec = training_spec({**WHOLE, "nproc_per_node": 2}, global_batch_size=NUM_ROWS)

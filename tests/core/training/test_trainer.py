@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,20 @@ class TestResume:
         assert second.metrics[6]["loss"] == straight.metrics[6]["loss"]
 
     def test_it_holds_on_a_pipeline_with_data_parallel_and_tied_embeddings(self, tmp_path: Path) -> None:
-        spec = training_spec(**PP2_DP2_SPEC, train_iters=4, checkpoint={"save_interval": 2})
-        straight = run(train, 4, PP2_DP2, spec, tmp_path / "straight")
-        run(stopped, 4, PP2_DP2, spec, tmp_path / "broken", 3)
-        resumed = run(train, 4, PP2_DP2, spec, tmp_path / "broken")
-        assert all(equal(a, b) for a, b in zip(resumed, straight, strict=True))
+        straight = self.assert_exact(PP2_DP2, PP2_DP2_SPEC, tmp_path)
         assert equal(straight[0], straight[1])  # replicas
+
+    def test_it_holds_on_a_pipeline_of_slices(self, tmp_path: Path) -> None:
+        parallel = {"parallel": {**PP2_DP2_SPEC["parallel"], "tp_size": 2}}
+        self.assert_exact(replace(PP2_DP2, tp=2, micro_batches=(((0,),),)), parallel, tmp_path)
+
+    def assert_exact(self, case: Case, parallel: dict[str, Any], folder: Path) -> list[Trained]:
+        spec = training_spec(**parallel, train_iters=4, checkpoint={"save_interval": 2})
+        straight = run(train, 4, case, spec, folder / "straight")
+        run(stopped, 4, case, spec, folder / "broken", 3)
+        resumed = run(train, 4, case, spec, folder / "broken")
+        assert all(equal(a, b) for a, b in zip(resumed, straight, strict=True))
+        return straight
 
     def test_without_optimizer_state_only_weights_and_position_go_on(self, tmp_path: Path) -> None:
         spec = training_spec(checkpoint={"save_optim": False}, train_iters=4)
