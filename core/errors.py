@@ -1,31 +1,31 @@
 """Every refusal and failure that a user may see, with its stable code.
 
-    AppError
-    ├── InvalidSpec            422  the request itself is wrong
-    │   ├── UnsupportedOption  422  understood, but this version cannot do it
-    │   └── ForbiddenPath      422  a path outside the allowed roots
-    ├── IncompatiblePlan       422  the split does not fit the model or the cluster
-    ├── InvalidModel           422  a model folder that is not what it says
-    │   └── UnknownWeights     422  weights that no rule, or two rules, match; or that are missing
-    ├── InvalidDataset         422
-    │   └── UnreadableImage    422  core.data.media
-    ├── CorruptCheckpoint      422
-    ├── Unauthenticated        401
-    ├── Forbidden              403
-    ├── NotFound               404
-    ├── Conflict               409
-    │   └── InvalidTransition  409  the job's state does not allow it
-    ├── TooLarge               413
-    ├── OffsetMismatch         409  an upload chunk that does not start where the upload ends
-    ├── RangeNotSatisfiable    416
-    ├── DigestMismatch         422
-    ├── UnsafeArchive          422
-    ├── NonFiniteLoss          500
-    ├── RunnerCrashed          500  the process died without saying why
-    ├── AttemptLost            500  the host or its supervisor vanished
-    ├── DependencyFailed       409
-    ├── Unavailable            503
-    └── DiskFull               507
+AppError
+├── InvalidSpec            422  the request itself is wrong
+│   ├── UnsupportedOption  422  understood, but this version cannot do it
+│   └── ForbiddenPath      422  a path outside the allowed roots
+├── IncompatiblePlan       422  the split does not fit the model or the cluster
+├── InvalidModel           422  a model folder that is not what it says
+│   └── UnknownWeights     422  weights that no rule, or two rules, match; or that are missing
+├── InvalidDataset         422
+│   └── UnreadableImage    422  core.data.media
+├── CorruptCheckpoint      422
+├── Unauthenticated        401
+├── Forbidden              403
+├── NotFound               404
+├── Conflict               409
+│   └── InvalidTransition  409  the job's state does not allow it
+├── TooLarge               413
+├── OffsetMismatch         409  an upload chunk that does not start where the upload ends
+├── RangeNotSatisfiable    416
+├── DigestMismatch         422
+├── UnsafeArchive          422
+├── NonFiniteLoss          500
+├── RunnerCrashed          500  the process died without saying why
+├── AttemptLost            500  the host or its supervisor vanished
+├── DependencyFailed       409
+├── Unavailable            503
+└── DiskFull               507
 """
 
 from __future__ import annotations
