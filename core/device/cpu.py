@@ -8,11 +8,12 @@ import sys
 import torch
 from torch import Tensor
 
+from core.device import fused
 from core.device.reference import ReferenceOperations
 
 
 class CpuAccelerator(ReferenceOperations):
-    """Every operation in plain torch."""
+    """Plain torch, with backward passes written by hand where a training in float32 gains by them."""
 
     name = "cpu"
     backend = "gloo"
@@ -20,6 +21,19 @@ class CpuAccelerator(ReferenceOperations):
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.dtype != torch.float32 or weight.dtype != torch.float32:
+            return super().rms_norm(x, weight, eps)
+        return fused.RMSNorm.apply(x, weight, eps)
+
+    def swiglu(self, x_2F: Tensor) -> Tensor:
+        return super().swiglu(x_2F) if x_2F.dtype != torch.float32 else fused.SwiGLU.apply(x_2F)
+
+    def rotary(self, x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+        if x_TND.dtype != torch.float32 or cos_TD.dtype != torch.float32:
+            return super().rotary(x_TND, cos_TD, sin_TD)
+        return fused.Rotary.apply(x_TND, cos_TD, sin_TD)
 
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)

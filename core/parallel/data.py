@@ -65,6 +65,7 @@ class FlatBuffer:
         parameter.data = view
         if parameter.dtype == torch.float32:
             parameter.grad = gradient
+            parameter.accumulates = True  # type: ignore[attr-defined]  # see core.models.layers.linear
             return
 
         def accumulate(finished: Tensor) -> None:

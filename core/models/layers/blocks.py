@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from core.device.base import Accelerator
 from core.models.layers.cache import KVCache
+from core.models.layers.linear import Linear
 from core.models.layers.recompute import recomputed
 
 
@@ -61,8 +62,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = hidden_size // num_heads
         self.heads_per_group = num_heads // num_groups
-        self.linear_qkv = nn.Linear(hidden_size, (num_heads + 2 * num_groups) * self.head_dim, bias=qkv_bias)
-        self.linear_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=proj_bias)
+        self.linear_qkv = Linear(hidden_size, (num_heads + 2 * num_groups) * self.head_dim, bias=qkv_bias)
+        self.linear_proj = Linear(num_heads * self.head_dim, hidden_size, bias=proj_bias)
         self.accelerator = accelerator
 
     def forward(self, x_TH: Tensor, context: AttentionContext) -> Tensor:
@@ -90,8 +91,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden_size: int, ffn_size: int, *, bias: bool, accelerator: Accelerator) -> None:
         super().__init__()
-        self.linear_fc1 = nn.Linear(hidden_size, 2 * ffn_size, bias=bias)
-        self.linear_fc2 = nn.Linear(ffn_size, hidden_size, bias=bias)
+        self.linear_fc1 = Linear(hidden_size, 2 * ffn_size, bias=bias)
+        self.linear_fc2 = Linear(ffn_size, hidden_size, bias=bias)
         self.accelerator = accelerator
 
     def forward(self, x_TH: Tensor) -> Tensor:

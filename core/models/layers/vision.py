@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from core.device.base import Accelerator
 from core.models.layers.blocks import RMSNorm
+from core.models.layers.linear import Linear
 
 MERGER_EPS = 1e-6
 
@@ -35,8 +36,8 @@ class PatchEmbed(nn.Module):
 class MergerMLP(nn.Module):
     def __init__(self, in_size: int, out_size: int) -> None:
         super().__init__()
-        self.linear_fc1 = nn.Linear(in_size, in_size)
-        self.linear_fc2 = nn.Linear(in_size, out_size)
+        self.linear_fc1 = Linear(in_size, in_size)
+        self.linear_fc2 = Linear(in_size, out_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_fc2(F.gelu(self.linear_fc1(x)))

@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.device.base import Accelerator
 from core.models.batch import PackedBatch
 from core.models.layers.blocks import AttentionContext, RMSNorm, TransformerLayer
 from core.models.layers.cache import KVCache
+from core.models.layers.linear import linear
 from core.models.layers.recompute import Recompute, RecomputePolicy, run_layers
 from core.models.layers.rope import mrope_tables, vision_tables
 from core.models.layers.vision import PatchEmbed, PatchMerger, patch_layout
@@ -74,7 +74,7 @@ class Qwen2_5_VLStage(nn.Module):
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Scores over the vocabulary [N, vocab] for rows of the last stage's output."""
-        return F.linear(hidden_NH, self.output_weight)
+        return linear(hidden_NH, self.output_weight)
 
     @property
     def output_weight(self) -> Tensor:
