@@ -115,7 +115,7 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
             _restore(checkpoints.load_state(resume_path), optimizer, accelerator)
     _tell(ctx, mesh, table)
 
-    head = Head(model, accelerator.device, mesh)
+    head = Head(model, accelerator.device, mesh, targets_only=mesh.tp_group is None and not accelerator.static_shapes)
     trainer = Trainer(
         spec=spec,
         mesh=mesh,

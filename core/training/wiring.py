@@ -25,8 +25,13 @@ from core.training.loss import loss_and_gradient, target_positions
 class Head:
     """The end of the last stage: loss of each micro-batch, and the gradient that starts the backward pass."""
 
-    def __init__(self, model: Any, device: torch.device, mesh: Mesh) -> None:
-        """`model.logits` maps hidden states [N, H] to scores [N, vocab], or to this rank's columns of them."""
+    def __init__(self, model: Any, device: torch.device, mesh: Mesh, *, targets_only: bool = False) -> None:
+        """`model.logits` maps hidden states [N, H] to scores [N, vocab], or to this rank's columns of them.
+
+        With `targets_only` the model is asked for the hidden states of target positions and of no others.
+        """
+        assert not targets_only or mesh.tp_group is None, "tensor-parallel ranks hold rows of their own"
+        self.targets_only = targets_only
         self.model = model
         self.device = device
         self.mesh = mesh
@@ -37,9 +42,11 @@ class Head:
         group = self.mesh.tp_group
         if group is not None:  # sequence parallel: each rank has rows of its own
             hidden_TH = gather_rows(hidden_TH.detach(), group).requires_grad_(hidden_TH.requires_grad)
-        positions_N = target_positions(batch.targets_T).to(self.device)
+        targets_T, positions_N = batch.targets_T, target_positions(batch.targets_T)
+        if self.targets_only:
+            targets_T, positions_N = targets_T[positions_N], torch.arange(len(positions_N))
         result = loss_and_gradient(
-            hidden_TH, batch.targets_T.to(self.device), positions_N, self.model.logits, tp_group=group
+            hidden_TH, targets_T.to(self.device), positions_N.to(self.device), self.model.logits, tp_group=group
         )
         self.losses.append(result.loss_sum)
         if group is None or result.gradient_TH is None:
@@ -66,6 +73,7 @@ def build_pipeline(
 ) -> Pipeline[PackedBatch]:
     """Build this rank's end of the pipeline around its stage's module."""
     reached = gradient_reaches(all_stages, freeze)
+    trims = head.targets_only and mesh.is_last_stage
 
     def boundary(after: int) -> Boundary[PackedBatch] | None:
         """Between stage `after` and the next one."""
@@ -74,7 +82,8 @@ def build_pipeline(
         return Boundary(partial(_outgoing_shape, config, all_stages[after], mesh.tp_size), reached[after + 1])
 
     def forward(batch: PackedBatch, incoming: Tensor | None = None) -> Tensor:
-        output: Tensor = model(batch.to(accelerator.device), incoming)
+        asked = {"rows_N": target_positions(batch.targets_T).to(accelerator.device)} if trims else {}
+        output: Tensor = model(batch.to(accelerator.device), incoming, **asked)
         return output
 
     return Pipeline(

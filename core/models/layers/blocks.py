@@ -29,6 +29,8 @@ class AttentionContext(NamedTuple):
     cache: KVCache | None = None
     layer: int = 0
     """index in `cache`"""
+    rows_N: Tensor | None = None
+    """rows to go on with after attention, where nothing asks for the others (None: all)"""
 
 
 class RMSNorm(nn.Module):
@@ -73,8 +75,8 @@ class Attention(nn.Module):
         k_TGD, v_TGD = qkv_TGRD[:, :, per_group], qkv_TGRD[:, :, per_group + 1]
         q_TND = self.accelerator.rotary(q_TND, context.cos_TD, context.sin_TD)
         k_TGD = self.accelerator.rotary(k_TGD, context.cos_TD, context.sin_TD)
-        out_TND = self._core(q_TND, k_TGD, v_TGD, context)
-        return self.linear_proj(out_TND.flatten(1))
+        out_TH = self._core(q_TND, k_TGD, v_TGD, context).flatten(1)
+        return self.linear_proj(out_TH if context.rows_N is None else out_TH.index_select(0, context.rows_N))
 
     def _core(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, context: AttentionContext) -> Tensor:
         if context.cache is not None:
@@ -128,5 +130,8 @@ class TransformerLayer(nn.Module):
         self.mlp = GatedMLP(hidden_size, ffn_size, bias=mlp_bias, accelerator=accelerator)
 
     def forward(self, x_TH: Tensor, context: AttentionContext) -> Tensor:
-        x_TH = x_TH + self.self_attention(self.input_layernorm(x_TH), context)
+        attended_TH = self.self_attention(self.input_layernorm(x_TH), context)
+        if context.rows_N is not None:
+            x_TH = x_TH.index_select(0, context.rows_N)
+        x_TH = x_TH + attended_TH
         return x_TH + self.mlp(self.pre_mlp_layernorm(x_TH))

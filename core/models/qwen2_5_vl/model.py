@@ -58,17 +58,25 @@ class Qwen2_5_VLStage(nn.Module):
         if stage.llm_layers or stage.has_embedding or stage.has_output:
             self.text_decoder = TextDecoder(config, stage, accelerator, policies.text_decoder)
 
-    def forward(self, batch: PackedBatch, incoming: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
-        """`incoming` is the previous stage's output (None on the first).
+    def forward(
+        self,
+        batch: PackedBatch,
+        incoming: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        rows_N: Tensor | None = None,
+    ) -> Tensor:
+        """`incoming` is the previous stage's output (None on the first); `rows_N` are the positions whose final hidden states
+        are wanted of the last stage (None: all). Of the others its last layer computes keys and values only.
 
         Returns patches [P, V] while the encoder goes on in the next stage, image features [M, H] where the encoder ends
-        and the decoder has not begun, hidden states [T, H] after that; on the last stage those after the final norm.
+        and the decoder has not begun, hidden states [T, H] after that; on the last stage those after the final norm (of the rows that were asked for).
         """
         x = incoming
         if self.image_encoder is not None:
             x = self.image_encoder(batch, x)
         if self.text_decoder is not None:
-            x = self.text_decoder(batch, x, cache)
+            x = self.text_decoder(batch, x, cache, rows_N)
         assert x is not None, "a stage holds at least one layer"
         return x
 
@@ -191,7 +199,9 @@ class TextDecoder(nn.Module):
         if stage.has_output and not (config.tie_word_embeddings and stage.has_embedding):
             self.output_layer = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
 
-    def forward(self, batch: PackedBatch, incoming: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, batch: PackedBatch, incoming: Tensor | None, cache: KVCache | None, rows_N: Tensor | None
+    ) -> Tensor:
         hidden_TH = incoming
         if self.embedding is not None:
             hidden_TH = self.embedding.word_embeddings(batch.input_ids_T)
@@ -215,9 +225,13 @@ class TextDecoder(nn.Module):
             recompute_core=self.recompute.granularity == "selective" and torch.is_grad_enabled(),
             cache=cache,
         )
+        last = len(self.decoder.layers) - 1
         layers = [
-            partial(layer, context=context._replace(layer=index)) for index, layer in enumerate(self.decoder.layers)
+            partial(layer, context=context._replace(layer=index, rows_N=rows_N if index == last else None))
+            for index, layer in enumerate(self.decoder.layers)
         ]
+        if rows_N is not None and not layers:
+            hidden_TH = hidden_TH.index_select(0, rows_N)
         hidden_TH = run_layers(layers, hidden_TH, self.recompute)
         return hidden_TH if self.decoder.final_layernorm is None else self.decoder.final_layernorm(hidden_TH)
 

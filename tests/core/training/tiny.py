@@ -194,7 +194,9 @@ class Rank:
             self.model, optimizer or SMOOTH.model_copy(update={"clip_grad": case.clip_grad}), self.mesh, held=held
         )
         accelerator = CpuAccelerator()
-        self.head = Head(self.model, accelerator.device, self.mesh)
+        # The case of one rank, which the others are compared with, computes every position.
+        trims = self.mesh.tp_group is None and (case.world_size > 1 or case.recompute is not None)
+        self.head = Head(self.model, accelerator.device, self.mesh, targets_only=trims)
         self.pipeline = build_pipeline(
             self.model, self.head, self.mesh, self.config, self.stages, case.frozen, accelerator
         )
