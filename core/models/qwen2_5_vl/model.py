@@ -70,7 +70,8 @@ class Qwen2_5_VLStage(nn.Module):
         are wanted of the last stage (None: all). Of the others its last layer computes keys and values only.
 
         Returns patches [P, V] while the encoder goes on in the next stage, image features [M, H] where the encoder ends
-        and the decoder has not begun, hidden states [T, H] after that; on the last stage those after the final norm (of the rows that were asked for).
+        and the decoder has not begun, hidden states [T, H] after that; on the last stage those after the final norm, of
+        the rows that were asked for.
         """
         x = incoming
         if self.image_encoder is not None:
