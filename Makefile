@@ -16,10 +16,10 @@ HAS_APT := $(shell command -v apt-get)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve test lint check bench clean
+.PHONY: help install demo serve test lint check bench bench-training clean
 
 help: ## Print this help.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(READY) ## Make .venv and install Temper with everything that the demo and the tests need.
 
@@ -43,7 +43,10 @@ check: lint test ## Everything that has to be green before a push.
 
 bench: $(READY) ## Measure: API start and memory, submit latency, event latency.
 	$(PY) -m tests.services
-	$(PY) -m pytest -m bench -s $(ARGS)
+	$(PY) -m pytest -m bench -s tests/bench/test_service.py $(ARGS)
+
+bench-training: $(READY) ## Measure the training engine against transformers and TRL, which go into build/bench-peers (20 minutes).
+	$(PY) -m pytest -m bench -s tests/bench/test_training.py $(ARGS)
 
 clean: ## Remove the virtual environment, the demo's files and caches.
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
