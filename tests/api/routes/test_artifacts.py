@@ -135,11 +135,14 @@ class TestFiles:
 
     def test_link_that_leads_out_of_the_roots_is_not_followed(self, api: Api, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "secret").write_text("secret")
-        (folder / "link.json").symlink_to(tmp_path / "secret")
         (folder / "inside.json").symlink_to(folder / "data.jsonl")
+        (folder / "link.json").write_text("public")
         body = {"kind": "dataset_source", "path": str(folder)}
         artifact_id = api.post("/v1/artifacts", body).json()["id"]
+        (folder / "link.json").unlink()
+        (folder / "link.json").symlink_to(tmp_path / "secret")
         problem(api.get(f"/v1/artifacts/{artifact_id}/files/link.json"), 404, "not_found")
+        assert "link.json" in problem(api.post("/v1/artifacts", body), 422, "forbidden_path")["detail"]
         assert api.get(f"/v1/artifacts/{artifact_id}/files/inside.json").content == FILES["data.jsonl"]
 
     def test_file_that_was_changed_is_refused(self, api: Api, folder: Path) -> None:
