@@ -1,28 +1,52 @@
 """Moves the rectangles of a layout (`core.models.layout`) from a source of weights into the bytes of a target tensor.
 
 A tensor is seen as a matrix of bytes: rows = dim 0, columns = the rest, so that one code serves every type, fused
-projection and tensor-parallel cut. Work goes in chunks of rows; nothing larger is ever held.
+projection and tensor-parallel cut. A rectangle that lies in one piece is passed on where it is, without a copy; the others are
+gathered chunk by chunk; nothing larger is ever held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from core.models.layout import Block, TensorLayout
 from core.models.mapping import Shape, width
 
 Bytes = npt.NDArray[np.uint8]
-CHUNK_BYTES = 16 << 20
-RELEASE_BYTES = 128 << 20
-"""So much is read at most before the source's pages are let go."""
+CHUNK_BYTES = 4 << 20
+DIRECT_BYTES = 256 << 10
+"""A smaller piece is gathered with its neighbours: one copy costs less than one more step of hashing and writing."""
+RELEASE_BYTES = 32 << 20
+"""So much is read at most, by one thread, before the source's pages are let go."""
 
-TORCH_DTYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+_INFINITY = {"float32": 0x7F80_0000, "float16": 0x7C00, "bfloat16": 0x7F80}
+"""Bits of +Inf; what is larger, sign apart, is NaN."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rectangle of a tensor, and where its bytes are."""
+
+    name: str
+    """HF name of the weight (old form)."""
+    row: int
+    """Its first row."""
+    left: int
+    """Its first column, in bytes."""
+    data: Bytes
+    """[rows, bytes per row], a view of the source."""
+
+    @property
+    def stop(self) -> int:
+        """The row after its last."""
+        return self.row + self.data.shape[0]
 
 
 class WeightSource(Protocol):
@@ -31,14 +55,50 @@ class WeightSource(Protocol):
     def dtype(self, name: str) -> str:
         """float32, float16 or bfloat16."""
 
-    def view(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> Bytes | None:
-        """The rectangle as bytes [rows, columns × item size] without a copy, if it lies in one piece; else None."""
-
-    def read(self, name: str, rows: tuple[int, int], columns: tuple[int, int], out: Bytes) -> None:
-        """Copy the rectangle into `out` [rows, columns × item size]."""
+    def parts(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> Iterable[Part]:
+        """The pieces of a rectangle, counted from its own first row and column. Columns are elements."""
 
     def release(self) -> None:
-        """Free the memory that reading took; views that were handed out stay valid."""
+        """Free the memory that reading took; parts stay valid."""
+
+
+class Findings:
+    """What the values of the weights gave cause to warn of. Filled by several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._non_finite: set[str] = set()
+        self._overflowing: set[str] = set()
+
+    @property
+    def non_finite(self) -> list[str]:
+        """Weights with a NaN or an infinity."""
+        return sorted(self._non_finite)
+
+    @property
+    def overflowing(self) -> list[str]:
+        """Weights of which the new type made an infinity."""
+        return sorted(self._overflowing)
+
+    def look(self, chunk: Bytes, stored: str, parts: list[Part], first_row: int) -> bool:
+        """Note the weights in a chunk that are not finite; say whether all are."""
+        if all_finite(chunk, stored):
+            return True
+        last_row = first_row + chunk.shape[0]
+        inside = ((part, max(part.row, first_row), min(part.stop, last_row)) for part in parts)
+        names = {
+            part.name
+            for part, start, stop in inside
+            if start < stop and not all_finite(part.data[start - part.row : stop - part.row], stored)
+        }
+        with self._lock:
+            self._non_finite |= names
+        return False
+
+    def overflowed(self, parts: list[Part]) -> None:
+        """Note that finite values became infinite."""
+        with self._lock:
+            self._overflowing |= {part.name for part in parts}
 
 
 def whole_tensor(name: str, shape: Shape) -> TensorLayout:
@@ -52,76 +112,126 @@ def layout_dtype(layout: TensorLayout, source: WeightSource) -> str | None:
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
-def chunks(layout: TensorLayout, source: WeightSource, *, dtype: str | None = None) -> Iterator[Bytes]:
+def chunks(
+    layout: TensorLayout, source: WeightSource, *, dtype: str | None = None, findings: Findings | None = None
+) -> Iterator[Bytes]:
     """The tensor's bytes from first to last row, cast to `dtype` (round to nearest even) where it is not the source's."""
     stored = layout_dtype(layout, source)
     assert stored is not None, "callers check with layout_dtype"
-    columns = layout.blocks[0].columns
-    row_bytes = columns * ITEM_SIZE[stored]
-    step = max(1, CHUNK_BYTES // (4 * columns))  # rows per chunk do not depend on the type
+    wanted = dtype or stored
+    row_bytes = width(layout.shape) * ITEM_SIZE[stored]
     unreleased = 0
-    for start in range(0, layout.shape[0], step):
-        stop = min(start + step, layout.shape[0])
-        yield cast(_rows(layout, source, start, stop, row_bytes), stored, dtype or stored)
-        unreleased += (stop - start) * row_bytes
-        if unreleased >= RELEASE_BYTES or (stop == layout.shape[0] and unreleased >= CHUNK_BYTES):
-            source.release()
-            unreleased = 0
+    for run in _runs(layout_parts(layout, source), row_bytes):
+        for start, stop in row_steps(run[0].row, max(part.stop for part in run), row_bytes):
+            chunk = assemble(run, start, stop, row_bytes)
+            finite = findings is None or findings.look(chunk, stored, run, start)
+            out = cast(chunk, stored, wanted)
+            if findings is not None and finite and wanted != stored and not all_finite(out, wanted):
+                findings.overflowed(run)
+            yield out
+            unreleased += chunk.nbytes
+            if unreleased >= RELEASE_BYTES:
+                source.release()
+                unreleased = 0
+    if unreleased >= CHUNK_BYTES:
+        source.release()
 
 
-def _rows(layout: TensorLayout, source: WeightSource, start: int, stop: int, row_bytes: int) -> Bytes:
-    """Rows [start, stop) of the target as bytes [rows, row_bytes]."""
-    parts = [part for part in (_within(block, start, stop) for block in layout.blocks) if part.rows > 0]
-    if len(parts) == 1:
-        view = source.view(*_rectangle(parts[0]))
-        if view is not None:
-            return view
-    out = np.empty((stop - start, row_bytes), np.uint8)
+def layout_parts(layout: TensorLayout, source: WeightSource) -> list[Part]:
+    """All pieces of a target tensor, by row and column."""
+    found = [
+        replace(part, row=part.row + block.row)
+        for block in layout.blocks
+        for part in source.parts(
+            block.source,
+            (block.source_row, block.source_row + block.rows),
+            (block.column, block.column + block.columns),
+        )
+    ]
+    return sorted(found, key=lambda part: (part.row, part.left))
+
+
+def _runs(parts: list[Part], row_bytes: int) -> Iterator[list[Part]]:
+    """Pieces that can be passed on as they are, each alone; what lies between them, together."""
+    between: list[Part] = []
     for part in parts:
-        source.read(*_rectangle(part), out[part.row - start : part.row - start + part.rows])
+        if part.data.shape[1] == row_bytes and part.data.size >= DIRECT_BYTES:
+            if between:
+                yield between
+                between = []
+            yield [part]
+        else:
+            between.append(part)
+    if between:
+        yield between
+
+
+def row_steps(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Rows [start, stop) in runs of about CHUNK_BYTES."""
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
+
+
+def assemble(parts: list[Part], start: int, stop: int, row_bytes: int) -> Bytes:
+    """Rows [start, stop) as contiguous bytes [rows, row_bytes]: a view where one part holds them, else a copy."""
+    inside = [part for part in parts if part.row < stop and start < part.stop]
+    if len(inside) == 1 and inside[0].data.shape[1] == row_bytes:
+        return inside[0].data[start - inside[0].row : stop - inside[0].row]
+    out = np.empty((stop - start, row_bytes), np.uint8)
+    for part in inside:
+        first, last = max(start, part.row), min(stop, part.stop)
+        right = part.left + part.data.shape[1]
+        out[first - start : last - start, part.left : right] = part.data[first - part.row : last - part.row]
     return out
 
 
-def _within(block: Block, start: int, stop: int) -> Block:
-    """The part of a block that lies in target rows [start, stop); without rows if none does."""
-    first, last = max(start, block.row), min(stop, block.row + block.rows)
-    source_row = block.source_row + first - block.row
-    return Block(first, max(0, last - first), block.source, source_row, block.column, block.columns)
-
-
-def _rectangle(block: Block) -> tuple[str, tuple[int, int], tuple[int, int]]:
-    rows = (block.source_row, block.source_row + block.rows)
-    return block.source, rows, (block.column, block.column + block.columns)
+def all_finite(data: Bytes, dtype: str) -> bool:
+    """Whether no value is NaN or infinite. Compares bit patterns: the largest as signed, then as unsigned integers."""
+    item = ITEM_SIZE[dtype]
+    infinity = _INFINITY[dtype]
+    bits = np.ascontiguousarray(data).reshape(-1).view(f"<i{item}")
+    negative = 1 << (8 * item - 1)
+    return bits.size == 0 or bool(bits.max() < infinity and bits.view(f"<u{item}").max() < negative + infinity)
 
 
 def cast(data: Bytes, stored: str, wanted: str) -> Bytes:
-    """Bytes of `stored` values as bytes of `wanted` values; the same object when nothing changes."""
+    """Bytes of `stored` values as bytes of `wanted` values, rounded to nearest even; the same object when nothing changes.
+
+    What is too large becomes infinite; NaN stays NaN.
+    """
     if stored == wanted:
         return data
-    values = torch.from_numpy(np.ascontiguousarray(data).copy()).view(TORCH_DTYPE[stored])
-    converted: Bytes = values.to(TORCH_DTYPE[wanted]).view(torch.uint8).numpy()
-    return converted
+    values = _to_float32(np.ascontiguousarray(data).reshape(-1), stored)
+    return _from_float32(values, wanted).view(np.uint8).reshape(data.shape[0], -1)
+
+
+def _to_float32(flat: Bytes, stored: str) -> npt.NDArray[np.float32]:
+    match stored:
+        case "float32":
+            return flat.view("<f4")
+        case "float16":
+            return flat.view("<f2").astype("<f4")
+        case _:
+            return (flat.view("<u2").astype("<u4") << 16).view("<f4")
+
+
+def _from_float32(values: npt.NDArray[np.float32], wanted: str) -> npt.NDArray:
+    match wanted:
+        case "float32":
+            return values
+        case "float16":
+            with np.errstate(over="ignore"):
+                return values.astype("<f2")
+        case _:
+            bits = values.view("<u4")
+            rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+            return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype("<u2")
 
 
 def same_bytes(first: Bytes, second: Bytes) -> bool:
     """Whether two byte matrices are equal, without a temporary of their size."""
     if first.shape != second.shape:
         return False
-    step = max(1, CHUNK_BYTES // max(1, first.shape[1]))
-    return all(
-        np.array_equal(first[row : row + step], second[row : row + step]) for row in range(0, first.shape[0], step)
-    )
-
-
-def to_tensor(layout: TensorLayout, source: WeightSource) -> torch.Tensor:
-    """The whole tensor, in memory of its own."""
-    stored = layout_dtype(layout, source)
-    assert stored is not None, "callers check with layout_dtype"
-    out = torch.empty(layout.shape, dtype=TORCH_DTYPE[stored])
-    matrix: Bytes = out.view(-1).view(torch.uint8).numpy()
-    position = 0
-    for chunk in chunks(layout, source):
-        matrix[position : position + chunk.size] = chunk.reshape(-1)
-        position += chunk.size
-    assert position == matrix.size, "layouts cover every row"
-    return out
+    steps = row_steps(0, first.shape[0], first.shape[1])
+    return all(np.array_equal(first[start:stop], second[start:stop]) for start, stop in steps)

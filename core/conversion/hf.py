@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from core.conversion.apply import ITEM_SIZE, Bytes, same_bytes
+from core.conversion.apply import ITEM_SIZE, Bytes, Part, same_bytes
 from core.conversion.files import HashingWriter, MappedFile, OutTensor
 from core.models.hf_folder import DTYPE_NAME, INDEX_FILE, HFFolder, TensorEntry
 from core.models.mapping import width
@@ -29,16 +29,11 @@ class HFWeights:
         """float32, float16 or bfloat16."""
         return DTYPE_NAME[self._tensors[name].dtype]
 
-    def view(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> Bytes | None:
-        """The rectangle, if it is as wide as the tensor."""
+    def parts(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> Iterator[Part]:
+        """The rectangle is one piece."""
+        item = ITEM_SIZE[self.dtype(name)]
         matrix = self._matrix(self._tensors[name])
-        first, last = _byte_columns(self.dtype(name), columns)
-        return matrix[rows[0] : rows[1]] if (first, last) == (0, matrix.shape[1]) else None
-
-    def read(self, name: str, rows: tuple[int, int], columns: tuple[int, int], out: Bytes) -> None:
-        """Copy the rectangle."""
-        first, last = _byte_columns(self.dtype(name), columns)
-        out[:] = self._matrix(self._tensors[name])[rows[0] : rows[1], first:last]
+        yield Part(name, 0, 0, matrix[rows[0] : rows[1], columns[0] * item : columns[1] * item])
 
     def release(self) -> None:
         """Free the memory that reading took."""
@@ -58,11 +53,6 @@ class HFWeights:
             self._files[entry.file] = MappedFile(entry.file)
         row_bytes = width(entry.shape) * ITEM_SIZE[DTYPE_NAME[entry.dtype]]
         return self._files[entry.file].data[entry.start : entry.stop].reshape(entry.shape[0], row_bytes)
-
-
-def _byte_columns(dtype: str, columns: tuple[int, int]) -> tuple[int, int]:
-    item = ITEM_SIZE[dtype]
-    return columns[0] * item, columns[1] * item
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, OutTensor]) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from core.conversion.apply import WeightSource, layout_dtype, to_tensor
+from core.conversion.apply import Bytes, WeightSource, chunks, layout_dtype
 from core.conversion.hf import HFWeights
 from core.conversion.mm import MMWeights
 from core.errors import InvalidModel
 from core.models.hf_folder import inspect_hf_folder
-from core.models.layout import stage_layout
+from core.models.layout import TensorLayout, stage_layout
 from core.models.mm_folder import inspect_mm_folder
 from core.models.plan import Split, Stage
 from core.models.qwen2_5_vl.family import Config
@@ -53,4 +53,18 @@ def _stage_tensors(
     for name, layout in stage_layout(config, stage, tp_size=tp[0], tp_rank=tp[1]).items():
         if layout_dtype(layout, weights) is None:
             raise InvalidModel(f"the parts of {name} have different types")
-        yield name, to_tensor(layout, weights)
+        yield name, _to_tensor(layout, weights)
+
+
+def _to_tensor(layout: TensorLayout, source: WeightSource) -> torch.Tensor:
+    """The whole tensor, in memory of its own."""
+    stored = layout_dtype(layout, source)
+    assert stored is not None, "checked before"
+    out = torch.empty(layout.shape, dtype=getattr(torch, stored))
+    flat: Bytes = out.view(-1).view(torch.uint8).numpy()
+    position = 0
+    for chunk in chunks(layout, source):
+        flat[position : position + chunk.size] = chunk.reshape(-1)
+        position += chunk.size
+    assert position == flat.size, "layouts cover every row"
+    return out

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from core.conversion.apply import ITEM_SIZE, Bytes, same_bytes
+from core.conversion.apply import ITEM_SIZE, Bytes, Part, same_bytes
 from core.conversion.files import HashingWriter, OutTensor, make_folder
 from core.conversion.pt import PtFile, PtTensor, from_torch, write_pt
 from core.errors import CorruptCheckpoint, IncompatiblePlan, UnknownWeights
@@ -103,31 +103,17 @@ class MMWeights:
             raise CorruptCheckpoint(f"the parts of {name} have types {', '.join(sorted(dtypes))}")
         return dtypes.pop()
 
-    def view(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> Bytes | None:
-        """The rectangle, if one rank's tensor holds it at full width."""
-        for piece in self._pieces[name]:
-            block = piece.block
-            same_columns = (block.column, block.column + block.columns) == columns
-            if same_columns and block.source_row <= rows[0] and rows[1] <= block.source_row + block.rows:
-                shift = block.row - block.source_row
-                return piece.tensor.matrix[rows[0] + shift : rows[1] + shift]
-        return None
-
-    def read(self, name: str, rows: tuple[int, int], columns: tuple[int, int], out: Bytes) -> None:
-        """Gather the rectangle from the ranks that hold parts of it."""
+    def parts(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> Iterator[Part]:
+        """The pieces of the rectangle that the ranks hold."""
         item = ITEM_SIZE[self.dtype(name)]
         for piece in self._pieces[name]:
             block = piece.block
             top, bottom = max(rows[0], block.source_row), min(rows[1], block.source_row + block.rows)
             left, right = max(columns[0], block.column), min(columns[1], block.column + block.columns)
-            if top >= bottom or left >= right:
-                continue
-            shift = block.row - block.source_row
-            out[top - rows[0] : bottom - rows[0], (left - columns[0]) * item : (right - columns[0]) * item] = (
-                piece.tensor.matrix[
-                    top + shift : bottom + shift, (left - block.column) * item : (right - block.column) * item
-                ]
-            )
+            if top < bottom and left < right:
+                row, column = top + block.row - block.source_row, (left - block.column) * item
+                data = piece.tensor.matrix[row : row + bottom - top, column : column + (right - left) * item]
+                yield Part(name, top - rows[0], (left - columns[0]) * item, data)
 
     def release(self) -> None:
         """Free the memory that reading took."""

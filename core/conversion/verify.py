@@ -7,7 +7,16 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from core.conversion.apply import WeightSource, chunks, layout_dtype, whole_tensor
+from core.conversion.apply import (
+    ITEM_SIZE,
+    WeightSource,
+    assemble,
+    cast,
+    layout_dtype,
+    layout_parts,
+    row_steps,
+    whole_tensor,
+)
 from core.errors import UnknownWeights
 from core.models.hf_folder import listed
 from core.models.layout import Block, TensorLayout
@@ -60,6 +69,14 @@ def differing(shapes: Mapping[str, Shape], first: WeightSource, second: WeightSo
 
 
 def _equal(layout: TensorLayout, first: WeightSource, second: WeightSource) -> bool:
-    wanted = layout_dtype(layout, second)
-    pairs = zip(chunks(layout, first, dtype=wanted), chunks(layout, second), strict=True)
-    return all(np.array_equal(mine.reshape(-1), other.reshape(-1)) for mine, other in pairs)
+    stored, wanted = layout_dtype(layout, first), layout_dtype(layout, second)
+    assert stored is not None and wanted is not None, "one tensor has one type"
+    columns = width(layout.shape)
+    mine, other = layout_parts(layout, first), layout_parts(layout, second)
+    for start, stop in row_steps(0, layout.shape[0], 4 * columns):
+        chunk = assemble(mine, start, stop, columns * ITEM_SIZE[stored])
+        if not np.array_equal(cast(chunk, stored, wanted), assemble(other, start, stop, columns * ITEM_SIZE[wanted])):
+            return False
+    first.release()
+    second.release()
+    return True

@@ -1,0 +1,269 @@
+"""`make bench-conversion`: the three conversions as whole jobs against `cp -r` of the same bytes, in one run.
+
+The model is a slice of Qwen2.5-VL 7B: its real layer shapes, four layers of each tower, a vocabulary of 32,000, bfloat16; 2.57 GB.
+Each operation is a job's process as the worker starts it, from interpreter start to the published artifact: reading, permuting, SHA-256 of every
+file, sync to disk, rename. Sources are in the page cache, for `cp` too. `--layers` and `--vocab` make larger models; `--zeros` writes their
+values as holes of a sparse file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.models.hf_folder import inspect_hf_folder
+from core.storage.local import Store
+from core.storage.manifest import Manifest
+from tests.tiny import TinyShape, tiny_config, weight_shapes
+
+SLICE = TinyShape(
+    vision_layers=4, vision_hidden=1280, vision_heads=16, vision_ffn=3420,
+    text_layers=4, hidden=3584, heads=28, kv_heads=4, ffn=18944, window=112,
+)  # fmt: skip
+SHARD_BYTES = 1_400_000_000
+IDS = {
+    name: 31_990 + index
+    for index, name in enumerate(
+        ("<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    )
+}
+
+
+def write_model(folder: Path, shape: TinyShape, *, vocab_size: int, zeros: bool = False) -> int:
+    """Write a HF folder without tokenizer, shard by shard, never holding a tensor; return the bytes of its weights.
+
+    Values are one block of finite random numbers, repeated; with `zeros` nothing is written, and the files are sparse.
+    """
+    folder.mkdir(parents=True)
+    config = tiny_config(shape, vocab_size=vocab_size, ids=IDS, dtype="bfloat16")
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    block = np.random.default_rng(0).standard_normal(1 << 21, dtype=np.float32).view(np.uint16)[1::2].tobytes()
+    shards = list(_shards(weight_shapes(shape, vocab_size=vocab_size)))
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
+        _write_shard(folder / file, shard, block, zeros)
+    total = sum(2 * math.prod(size) for shard in shards for size in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def _shards(shapes: Iterator[tuple[str, tuple[int, ...]]]) -> Iterator[dict[str, tuple[int, ...]]]:
+    shard: dict[str, tuple[int, ...]] = {}
+    filled = 0
+    for name, size in shapes:
+        if shard and filled + 2 * math.prod(size) > SHARD_BYTES:
+            yield shard
+            shard, filled = {}, 0
+        shard[name] = size
+        filled += 2 * math.prod(size)
+    yield shard
+
+
+def _write_shard(path: Path, shard: dict[str, tuple[int, ...]], block: bytes, zeros: bool) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, size in shard.items():
+        stop = offset + 2 * math.prod(size)
+        header[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        if zeros:
+            out.truncate(8 + len(text) + offset)
+            return
+        for begin in range(0, offset, len(block)):
+            out.write(block[: min(len(block), offset - begin)])
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Of one operation: what it wrote, how long the runs took, and the largest resident set of any."""
+
+    name: str
+    size_bytes: int
+    seconds: list[float]
+    peak_bytes: int | None = None
+
+    @property
+    def wall_s(self) -> float:
+        """The median."""
+        return statistics.median(self.seconds)
+
+
+class Bench:
+    """Runs jobs one after another in one store."""
+
+    def __init__(self, root: Path, repeat: int) -> None:
+        self.root, self.repeat = root, repeat
+        self.store = Store(root / "store")
+        self.jobs = 0
+
+    def copy(self, source: Path, *, sync: bool) -> Measure:
+        """`cp -r`, with `sync` to the disk as the jobs' output is."""
+        target = self.root / "copy"
+        script = 'cp -r "$0" "$1"' + (' && find "$1" -type f -exec sync {} +' if sync else "")
+        return self._measure(
+            "cp -r, then sync" if sync else "cp -r",
+            lambda: _run(["sh", "-c", script, str(source), str(target)]),
+            lambda: _size_and_remove(target),
+        )
+
+    def convert(self, name: str, spec: dict[str, Any], **inputs: tuple[Path, str, dict[str, Any]]) -> tuple[Measure, Manifest]:
+        """A conversion job; the last run's artifact is kept."""
+        made: list[Manifest] = []
+
+        def clean_up() -> int:
+            while len(made) > 1:
+                self.store.delete(made.pop(0).id)
+            return made[-1].size_bytes
+
+        def run() -> int:
+            attempt = self._attempt(spec, inputs)
+            peak = _run([sys.executable, "-m", "core.runners", str(attempt)])
+            events = [json.loads(line) for line in (attempt / "events.jsonl").read_text().splitlines()]
+            made.append(self.store.manifest(next(event["artifact_id"] for event in events if "artifact_id" in event)))
+            return peak
+
+        return self._measure(name, run, clean_up), made[-1]
+
+    def _attempt(self, spec: dict[str, Any], inputs: dict[str, tuple[Path, str, dict[str, Any]]]) -> Path:
+        self.jobs += 1
+        job_id = f"job_{self.jobs:026d}"
+        attempt = self.store.attempt_dir(job_id, 1)
+        attempt.mkdir(parents=True)
+        references = {field: {"artifact": "art_" + "0" * 26} for field in inputs}
+        job = {
+            "job_id": job_id,
+            "attempt": 1,
+            "kind": "conversion",
+            "spec": references | spec,
+            "inputs": {
+                field: {"artifact_id": None, "kind": kind, "path": str(path), "metadata": metadata}
+                for field, (path, kind, metadata) in inputs.items()
+            },
+            "store": str(self.store.root),
+            "device": "cpu",
+        }
+        (attempt / "job.json").write_text(json.dumps(job))
+        return attempt
+
+    def _measure(self, name: str, run: Callable[[], int], clean_up: Callable[[], int]) -> Measure:
+        seconds, peak, size = [], 0, 0
+        for _ in range(self.repeat):
+            os.sync()
+            begun = time.monotonic()
+            peak = max(peak, run())
+            seconds.append(time.monotonic() - begun)
+            size = clean_up()
+        return Measure(name, size, seconds, peak)
+
+
+def _run(command: list[str]) -> int:
+    """Run to the end; return the peak resident set in bytes."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    said = process.stdout.read()
+    process.stdout.close()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{said}")
+    return usage.ru_maxrss * 1024
+
+
+def _size_and_remove(folder: Path) -> int:
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    shutil.rmtree(folder)
+    return size
+
+
+def _split(layers: tuple[int, int], tp: int, pp: int) -> dict[str, Any]:
+    """Vision layers on the first stage; language layers in equal parts, the rest on the last."""
+    vit, llm = layers
+    share = [llm // pp] * pp
+    share[-1] += llm % pp
+    return {"tp_size": tp, "llm_pp_layers": [share], "vit_pp_layers": [[vit] + [0] * (pp - 1)]}
+
+
+def measure(root: Path, options: argparse.Namespace) -> list[Measure]:
+    """All rows of the table."""
+    shape = TinyShape(**{**vars(SLICE), "vision_layers": options.layers, "text_layers": options.layers})
+    source = root / "hf"
+    write_model(source, shape, vocab_size=options.vocab, zeros=options.zeros)
+    bench = Bench(root, options.repeat)
+    layers = (options.layers, options.layers)
+    first, second = _split(layers, 2, 2), _split(layers, 1, 2)
+    _run(["sh", "-c", 'cat "$0"/*.safetensors > /dev/null', str(source)])  # into the page cache
+    rows = [bench.copy(source, sync=False), bench.copy(source, sync=True)]
+    folder = (source, "hf_model", inspect_hf_folder(source).metadata)
+    row, mm = bench.convert("hf_to_mm, tp 2 pp 2", {"operation": "hf_to_mm", "parallel": first}, source=folder)
+    rows.append(row)
+    checkpoint = (bench.store.files_dir(mm.id), mm.kind, mm.metadata)
+    row, back = bench.convert("mm_to_hf, tp 2 pp 2", {"operation": "mm_to_hf"}, source=checkpoint)
+    rows.append(row)
+    _check_equal(source, bench.store.files_dir(back.id))
+    bench.store.delete(back.id)
+    row, _ = bench.convert("reshard, tp 2 pp 2 to tp 1 pp 2", {"operation": "reshard", "parallel": second}, source=checkpoint)
+    return [*rows, row]
+
+
+def _check_equal(source: Path, back: Path) -> None:
+    for file in source.glob("*.safetensors"):
+        subprocess.run(["cmp", str(file), str(back / file.name)], check=True)
+
+
+def table(rows: list[Measure]) -> str:
+    """Markdown."""
+    copy, synced = rows[0].wall_s, rows[1].wall_s
+    lines = [
+        "| operation | wall, s | GB/s | peak RSS, MiB | ratio to `cp -r` | to `cp -r` and sync | limit 1.3 cp + 3 s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        wall = row.wall_s
+        limit = "" if row.name.startswith("cp") else ("held" if wall <= 1.3 * copy + 3 else "MISSED") + f" ({1.3 * copy + 3:.1f})"
+        peak = "" if row.name.startswith("cp") else f"{row.peak_bytes / 2**20:.0f}"
+        lines.append(
+            f"| {row.name} | {wall:.2f} | {row.size_bytes / wall / 1e9:.2f} | {peak} | {wall / copy:.2f} | {wall / synced:.2f} | {limit} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=4, help="layers of each tower")
+    parser.add_argument("--vocab", type=int, default=32_000)
+    parser.add_argument("--zeros", action="store_true", help="a sparse source")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each row; the table shows medians")
+    parser.add_argument("--folder", type=Path, help="where to work; five times the model's size is needed")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="temper-bench-") as folder:
+        rows = measure(Path(folder), options)
+    print(f"{rows[0].size_bytes / 1e9:.2f} GB, {os.cpu_count()} CPU cores, medians of {options.repeat}\n\n{table(rows)}")
+    for row in rows:
+        print(f"  {row.name}: {', '.join(f'{value:.2f}' for value in row.seconds)}")
+
+
+if __name__ == "__main__":
+    main()
