@@ -24,6 +24,9 @@ from core.models.batch import PackedBatch
 from core.models.positions import mrope_positions
 from core.models.qwen2_5_vl.family import Config
 
+CACHE_BYTES = 256 << 20
+"""Memory of a rank for rows that were decoded before: a small data set is decoded once, not once per epoch."""
+
 
 @dataclass(frozen=True)
 class LoadedStep:
@@ -63,6 +66,7 @@ class StepLoader:
         pad_to_patches: int | None = None,
         num_threads: int = 2,
         prefetch: int = 4,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._dataset = dataset
         self._config = config
@@ -73,6 +77,8 @@ class StepLoader:
         self._pad_to_tokens = pad_to_tokens
         self._pad_to_patches = pad_to_patches
         self._prefetch = max(1, prefetch)
+        self._cache: dict[int, _Part] = {}
+        self._cache_bytes_left = cache_bytes
         self._pool = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="loader")
 
     def __enter__(self) -> StepLoader:
@@ -118,8 +124,8 @@ class StepLoader:
                 yield plan, self._pool.submit(self._build, rows)
 
     def _build(self, rows: tuple[int, ...]) -> PackedBatch:
-        return build_batch(
-            [self._dataset.row(row) for row in rows],
+        return _pack(
+            [self._part(row) for row in rows],
             self._config,
             processing=self._dataset.meta.image_processing,
             with_pixels=self._with_pixels,
@@ -127,6 +133,16 @@ class StepLoader:
             pad_to_patches=self._pad_to_patches,
             pad_token_id=self._dataset.meta.pad_token_id,
         )
+
+    def _part(self, row: int) -> _Part:
+        """Read and decode a row, or take it from the cache; what comes first stays, since every epoch visits every row once."""
+        part = self._cache.get(row)
+        if part is None:
+            part = _part(self._dataset.row(row), self._config, self._dataset.meta.image_processing, self._with_pixels)
+            if part.num_bytes <= self._cache_bytes_left and row not in self._cache:
+                self._cache_bytes_left -= part.num_bytes  # two threads may overdraw it by a row
+                self._cache[row] = part
+        return part
 
 
 def build_batch(
@@ -145,10 +161,32 @@ def build_batch(
     No rows and no padding give an empty batch (T = 0). Raises UnreadableImage naming row and file, InvalidDataset when
     tokens and images of a row disagree or the batch is larger than what it shall be filled up to.
     """
-    parts = [_part(row, config, processing, with_pixels) for row in rows]
-    grids = [grid for row in rows for grid in row.grid_thw]
+    return _pack(
+        [_part(row, config, processing, with_pixels) for row in rows],
+        config,
+        processing=processing,
+        with_pixels=with_pixels,
+        pad_to_tokens=pad_to_tokens,
+        pad_to_patches=pad_to_patches,
+        pad_token_id=pad_token_id,
+    )
+
+
+def _pack(
+    rows: Sequence[_Part],
+    config: Config,
+    *,
+    processing: ImageProcessing,
+    with_pixels: bool,
+    pad_to_tokens: int | None,
+    pad_to_patches: int | None,
+    pad_token_id: int,
+) -> PackedBatch:
+    """Lay decoded rows end to end, and padding after them."""
+    parts = list(rows)
+    grids = [grid for part in parts for grid in part.grids]
     pixels = [values for part in parts for values in part.pixels]
-    if missing := _missing(sum(len(row.input_ids) for row in rows), pad_to_tokens, "tokens"):
+    if missing := _missing(sum(len(part.input_ids) for part in parts), pad_to_tokens, "tokens"):
         parts.append(_padding(missing, pad_token_id, config))
     if missing := _missing(sum(t * h * w for t, h, w in grids), pad_to_patches, "image patches"):
         grids.append(padding_grid(missing, processing.merge_size))
@@ -160,7 +198,7 @@ def build_batch(
         cu_seqlens=tuple(itertools.accumulate((len(part.input_ids) for part in parts), initial=0)),
         pixel_values_PD=torch.from_numpy(np.concatenate([np.empty((0, processing.patch_dim), np.float32), *pixels])),
         grid_thw=tuple(grids),
-        rows=tuple(row.index for row in rows),
+        rows=tuple(part.row for part in rows),
     )
 
 
@@ -177,20 +215,32 @@ def padding_grid(num_patches: int, merge_size: int) -> tuple[int, int, int]:
 class _Part:
     """One sample's share of a batch."""
 
+    row: int
+    """Its index in the split; -1 for padding."""
     input_ids: np.ndarray
     targets: np.ndarray
     positions: torch.Tensor
     """M-RoPE, [3, L]"""
     pixels: list[np.ndarray]
+    """Of each image, [P, D]; none where pixels are left out."""
+    grids: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        tokens = self.input_ids.nbytes + self.targets.nbytes + self.positions.nbytes
+        return tokens + sum(values.nbytes for values in self.pixels)
 
 
 def _part(row: Row, config: Config, processing: ImageProcessing, with_pixels: bool) -> _Part:
     _check_image_tokens(row, config, processing)
     return _Part(
+        row=row.index,
         input_ids=row.input_ids.astype(np.int64),
         targets=row.targets,
         positions=mrope_positions(row.input_ids.tolist(), row.grid_thw, config),
         pixels=_pixels(row, processing) if with_pixels else [],
+        grids=row.grid_thw,
     )
 
 
@@ -203,6 +253,7 @@ def _missing(size: int, wanted: int | None, unit: str) -> int:
 def _padding(length: int, pad_token_id: int, config: Config) -> _Part:
     input_ids = np.full(length, pad_token_id, np.int64)
     return _Part(
+        row=-1,
         input_ids=input_ids,
         targets=np.full(length, NO_TARGET, np.int64),
         positions=mrope_positions(input_ids.tolist(), (), config),

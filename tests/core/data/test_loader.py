@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from core.data.dataset import NO_TARGET, TokenisedDataset
-from core.data.loader import StepLoader, build_batch, padding_grid
+from core.data.loader import CACHE_BYTES, StepLoader, build_batch, padding_grid
 from core.data.media import ImageProcessing, UnreadableImage
 from core.data.plan import StepPlan, plan_step
 from core.errors import InvalidDataset
@@ -106,7 +106,15 @@ class TestPaddingGrid:
 
 class TestStepLoader:
     @staticmethod
-    def loader(dataset_dir: Path, config: Config, *, dp: int = 1, rank: int = 0, consumed: int = 0) -> StepLoader:
+    def loader(
+        dataset_dir: Path,
+        config: Config,
+        *,
+        dp: int = 1,
+        rank: int = 0,
+        consumed: int = 0,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> StepLoader:
         dataset = TokenisedDataset(dataset_dir)
 
         def plan(consumed_samples: int) -> StepPlan:
@@ -120,7 +128,7 @@ class TestStepLoader:
                 token_budget=32,
             )
 
-        return StepLoader(dataset, config, plan, dp_rank=rank, consumed_samples=consumed)
+        return StepLoader(dataset, config, plan, dp_rank=rank, consumed_samples=consumed, cache_bytes=cache_bytes)
 
     @staticmethod
     def batches(loader: StepLoader, steps: int) -> list[list[PackedBatch]]:
@@ -164,3 +172,24 @@ class TestStepLoader:
         (media_root / "1.png").unlink()
         with pytest.raises(UnreadableImage, match=r"1\.png"):
             self.batches(self.loader(dataset_dir, config), 2)
+
+    def test_a_small_data_set_is_decoded_once(self, dataset_dir: Path, config: Config, media_root: Path) -> None:
+        dataset = TokenisedDataset(dataset_dir)
+        alone = [build_batch([dataset.row(row)], config, processing=PROCESSING) for row in range(len(dataset))]
+        with self.loader(dataset_dir, config) as loader:
+            steps = iter(loader)
+            list(next(steps).micro_batches)  # 4 positions of 3 rows: each at least once
+            for image in media_root.iterdir():
+                image.unlink()
+            for batch in next(steps).micro_batches:
+                expected = torch.cat([alone[row].pixel_values_PD for row in batch.rows])
+                assert torch.equal(batch.pixel_values_PD, expected)
+
+    def test_without_room_every_row_is_decoded_anew(self, dataset_dir: Path, config: Config, media_root: Path) -> None:
+        with self.loader(dataset_dir, config, cache_bytes=0) as loader:
+            steps = iter(loader)
+            list(next(steps).micro_batches)
+            for image in media_root.iterdir():
+                image.unlink()
+            with pytest.raises(UnreadableImage):
+                _ = [list(next(steps).micro_batches) for _ in range(10)]

@@ -239,14 +239,14 @@ class TestRun:
         training.run(bench.context(spec := training_spec(), job="job_b"), spec)
         monkeypatch.setattr(CpuAccelerator, "static_shapes", True)
         sizes = set()
-        build = loader.build_batch
+        build = loader._pack
 
         def watched(*args: Any, **options: Any) -> PackedBatch:
             batch = build(*args, **options)
             sizes.add((batch.num_tokens, batch.num_patches))
             return batch
 
-        monkeypatch.setattr(loader, "build_batch", watched)
+        monkeypatch.setattr(loader, "_pack", watched)
         training.run(bench.context(spec), spec)
         assert len(sizes) == 1
         assert bench.losses() == pytest.approx(bench.losses(job="job_b"), rel=1e-5)
