@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from core.runners.__main__ import die_with_parent
 from tests.bench.lockstep import Turns
 
 LEARNING_RATE = 1e-5
@@ -272,6 +273,7 @@ def in_turns(trainer_class: Any) -> Any:
 def main() -> None:
     """Run one engine until the driver ends the process."""
     engine, folder, options = sys.argv[1], Path(sys.argv[2]), Options(**json.loads(sys.argv[3]))
+    die_with_parent()
     torch.set_num_threads(options.threads)
     {"temper": temper, "bare": bare, "hf": hf, "trl": trl}[engine](folder, options, Turns())
 
