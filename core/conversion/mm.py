@@ -37,10 +37,19 @@ def rank_tree(chunks: tuple[Mapping[str, OutTensor], ...], **more: float) -> dic
 
 
 def write_rank_file(path: Path, state_dict: Mapping[str, torch.Tensor], *, iteration: int | None = None) -> str:
-    """Write the weights of one rank without virtual chunks; `path` is the file. Returns its SHA-256."""
+    """Write the weights of one rank; `path` is the file. Those of virtual chunks are named `model0.…`, `model1.…`. Returns its SHA-256."""
     make_folder(path.parent)
     more = {} if iteration is None else {"iteration": iteration}
-    return write_pt(path, rank_tree(({name: from_torch(tensor) for name, tensor in state_dict.items()},), **more))
+    chunks: dict[str, dict[str, OutTensor]] = defaultdict(dict)
+    for name, tensor in state_dict.items():
+        found = re.fullmatch(r"(?:(model\d+)\.)?(.+)", name)
+        assert found is not None, "names are not empty"
+        chunks[found[1] or "model"][found[2]] = from_torch(tensor)
+    return write_pt(path, rank_tree(tuple(chunks[key] for key in sorted(chunks, key=_natural)), **more))
+
+
+def _natural(key: str) -> tuple[int, str]:
+    return len(key), key
 
 
 def write_tracker(mm_dir: Path, iteration: int | None = None) -> None:

@@ -7,7 +7,7 @@ has not run yet, from that job's spec.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -312,7 +312,8 @@ class Planner:
         if config is None:
             return
         split = stages(config, spec.parallel)
-        plan.memory_per_rank = [_rank_memory(spec, config, stage) for stage in split]
+        pp_size = spec.parallel.pp_size
+        plan.memory_per_rank = [_rank_memory(spec, config, rank, split[rank::pp_size]) for rank in range(pp_size)]
         if model.size_bytes is not None:
             factor = 1 + (6 if spec.checkpoint.save_optim else 0)
             plan.disk_bytes = model.size_bytes * (1 + factor * spec.checkpoint.keep_last)
@@ -366,20 +367,19 @@ def of_artifact(artifact: Artifact) -> Subject:
 
 def refuse_unsupported(spec: TrainingSpec) -> None:
     """Refuse what this version of the engine cannot do, rather than ignore it."""
-    parallel = spec.parallel
-    if parallel.vpp_size > 1:
-        raise UnsupportedOption(
-            f"spec.parallel.llm_pp_layers has {parallel.vpp_size} virtual chunks: this version trains without them; use one list inside"
-        )
     if spec.lora is not None:
         raise UnsupportedOption("spec.lora: this version trains full weights only; leave it out")
 
 
-def _rank_memory(spec: TrainingSpec, config: Config, stage: Stage) -> RankMemory:
+def _rank_memory(spec: TrainingSpec, config: Config, pp_rank: int, held: Sequence[Stage]) -> RankMemory:
     frozen = {name for name, value in spec.freeze if value}
-    tp_size = spec.parallel.tp_size
-    estimate = training_memory(config, stage, frozen=frozen, precision=spec.precision, tp_size=tp_size)
-    return RankMemory(pipeline_rank=stage.index, **estimate)
+    estimates = [
+        training_memory(config, stage, frozen=frozen, precision=spec.precision, tp_size=spec.parallel.tp_size)
+        for stage in held
+    ]
+    return RankMemory(
+        pipeline_rank=pp_rank, **{name: sum(estimate[name] for estimate in estimates) for name in estimates[0]}
+    )
 
 
 def _dump(parallel: ParallelSpec | None) -> dict[str, Any] | None:

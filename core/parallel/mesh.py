@@ -36,6 +36,8 @@ class Mesh:
     """The ranks that hold slices of the same stage, and work on the same batches."""
     tied_group: ProcessGroup | None = None
     """The two ranks of this pipeline that hold a copy of a tied embedding; None on all others."""
+    is_tied: bool = False
+    """Whether stages hold copies of one weight, be it on one rank."""
 
     @property
     def world_size(self) -> int:
@@ -67,11 +69,6 @@ class Mesh:
         return self.dp_size * self.tp_size
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether nothing comes in from an earlier stage."""
-        return self.pp_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether the loss is computed here."""
         return self.pp_rank == self.pp_size - 1
@@ -90,7 +87,7 @@ def dp_ranks(dp_size: int, pp_rank: int, *, tp_size: int = 1, tp_rank: int = 0) 
 def build_mesh(*, pp_size: int, dp_size: int, tp_size: int = 1, tied_stages: Sequence[int] = ()) -> Mesh:
     """Build this process's mesh; every rank must call it alike, because making a group is a collective call.
 
-    `tied_stages` are the pipeline ranks that hold a copy of one tied weight (first and last); fewer than two need no group.
+    `tied_stages` are the pipeline ranks whose stages hold a copy of one tied weight; fewer than two need no group.
     """
     if pp_size * dp_size * tp_size == 1:
         return Mesh()
@@ -119,6 +116,7 @@ def build_mesh(*, pp_size: int, dp_size: int, tp_size: int = 1, tied_stages: Seq
         dp_group=_group_of(rank, replicas),
         tp_group=_group_of(rank, cells),
         tied_group=_group_of(rank, tied),
+        is_tied=len(tied_stages) > 0,
     )
 
 

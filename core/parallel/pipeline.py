@@ -1,10 +1,15 @@
-"""Forward and backward of one step's micro-batches through the pipeline: 1F1B (Narayanan et al. 2021, PipeDream-flush).
+"""Forward and backward of one step's micro-batches through the pipeline: 1F1B (Narayanan et al. 2021, PipeDream-flush), interleaved where
+a rank holds several stages (Narayanan et al. 2021, Megatron-LM).
 
 With three stages and four micro-batches (F forward, B backward, number = micro-batch):
 
-    stage 0   F0 F1 F2 .. .. B0 F3 B1 .. B2 .. B3       warm-up of 2, steady, cool-down of 2
-    stage 1      F0 F1 .. B0 F2 B1 F3 B2 .. B3          warm-up of 1
-    stage 2         F0 B0 F1 B1 F2 B2 F3 B3             none
+    rank 0   F0 F1 F2 .. .. B0 F3 B1 .. B2 .. B3       three under way at most
+    rank 1      F0 F1 .. B0 F2 B1 F3 B2 .. B3          two
+    rank 2         F0 B0 F1 B1 F2 B2 F3 B3             one
+
+Every rank computes the same `timetable` of all ranks. After each tick the tensors that it made are sent and received in one batch of
+operations, so a message is posted on both sides at the same place in the order and none can block another; a receiver waits when it
+needs the tensor, not before.
 
 Shapes that cross a boundary are known on both sides from the batch plan, so only the tensors themselves are sent, and nothing is sent
 where a tensor is empty (a text-only micro-batch has no image features) or where no gradient is wanted (frozen stages before it).
@@ -14,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -44,16 +50,72 @@ class Boundary(Generic[Batch]):
     """Whether anything before it is trained, so that a gradient flows back."""
 
 
+@dataclass(frozen=True)
+class Action:
+    """What a rank does in one tick: the forward or backward pass of a micro-batch through one of its stages."""
+
+    is_forward: bool
+    stage: int
+    batch: int
+
+
+@lru_cache(maxsize=64)
+def timetable(pp_size: int, vpp_size: int, num_batches: int) -> tuple[tuple[Action | None, ...], ...]:
+    """Return what each rank does (None: waits) in each tick, if every action takes one.
+
+    Stage `chunk * pp_size + rank` is on `rank`. A rank goes backward when it can; else forward, while fewer micro-batches are under way
+    than it takes for the first one to come back. With several chunks, micro-batches pass through a chunk in groups of `pp_size`.
+    """
+    groups = [range(first, min(first + pp_size, num_batches)) for first in range(0, num_batches, pp_size)]
+    chunks = range(vpp_size)
+    forward = [(chunk, batch) for group in groups for chunk in chunks for batch in group]
+    backward = [(chunk, batch) for group in groups for chunk in reversed(chunks) for batch in group]
+    last = pp_size * vpp_size - 1
+    num_forward, num_backward = [0] * pp_size, [0] * pp_size
+    done: set[Action] = set()
+    ticks = []
+
+    def ready(rank: int) -> Action | None:
+        if num_backward[rank] < num_forward[rank]:
+            chunk, batch = backward[num_backward[rank]]
+            action = Action(False, chunk * pp_size + rank, batch)
+            needed = Action(True, last, batch) if action.stage == last else Action(False, action.stage + 1, batch)
+            if needed in done:
+                return action
+        if num_forward[rank] < len(forward) and num_forward[rank] - num_backward[rank] < _most_under_way(rank):
+            chunk, batch = forward[num_forward[rank]]
+            action = Action(True, chunk * pp_size + rank, batch)
+            if action.stage == 0 or Action(True, action.stage - 1, batch) in done:
+                return action
+        return None
+
+    def _most_under_way(rank: int) -> int:
+        until_last = pp_size - 1 - rank
+        return until_last + 1 if vpp_size == 1 else 2 * until_last + (vpp_size - 1) * pp_size + 1
+
+    while min(num_backward) < len(backward):
+        tick = tuple(ready(rank) for rank in range(pp_size))
+        assert any(tick), "every rank waits for another"
+        for rank, action in enumerate(tick):
+            if action is not None:
+                done.add(action)
+                num_forward[rank] += action.is_forward
+                num_backward[rank] += not action.is_forward
+        ticks.append(tick)
+    return tuple(ticks)
+
+
 @dataclass
 class Pipeline(Generic[Batch]):
-    """One rank's end of the pipeline. `before` is None on the first stage, `after` on the last."""
+    """One rank's end of the pipeline."""
 
     mesh: Mesh
-    stage: StageModule[Batch]
+    stages: Sequence[StageModule[Batch]]
+    """This rank's: stages `pp_rank`, `pp_rank + pp_size`, ... of the model."""
     head: Callable[[Tensor, Batch], Tensor | None]
     """Last stage: takes the stage's output, accumulates the loss and the head's own gradients, returns the gradient of the output."""
-    before: Boundary[Batch] | None = None
-    after: Boundary[Batch] | None = None
+    boundaries: Sequence[Boundary[Batch]] = ()
+    """Of the whole model: boundary s is between stages s and s + 1."""
     prepare: Callable[[Batch], Batch] = field(default=lambda batch: batch)
     """Done to each micro-batch first, on every stage alike."""
     dtype: torch.dtype = torch.float32
@@ -62,118 +124,128 @@ class Pipeline(Generic[Batch]):
     def run(self, batches: Sequence[Batch]) -> None:
         """Accumulate the gradients of all micro-batches of one step."""
         batches = [self.prepare(batch) for batch in batches]
-        if self.before is None and self.after is None:
-            for batch in batches:
-                self.backward(self.stage(batch), batch, None)
+        if self.boundaries:
+            _Step(self, batches).run()
         else:
-            _OneFOneB(self, batches).run()
+            for batch in batches:
+                output = self.stages[0](batch)
+                self.backward(output, self.head(output, batch))
 
-    def backward(self, output: Tensor, batch: Batch, gradient: Tensor | None) -> None:
-        """Go back through the stage from the gradient that came in, or on the last stage from the head's."""
-        if self.after is None:
-            gradient = self.head(output, batch)
+    def backward(self, output: Tensor, gradient: Tensor | None) -> None:
+        """Go back through a stage from the gradient of its output."""
         if gradient is not None and output.requires_grad:
             torch.autograd.backward(output, gradient)
 
 
-class _OneFOneB(Generic[Batch]):
-    """The state of one step: queues of what is between its forward and its backward, and sends still under way."""
+@dataclass
+class _Arriving:
+    """A tensor that is being received."""
+
+    tensor: Tensor
+    work: dist.Work | None
+
+    def take(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class _Message:
+    """What an action makes for another rank: the input of a stage, or the gradient of a stage's output."""
+
+    action: Action
+    """What it is needed for."""
+    boundary: int
+
+
+class _Step(Generic[Batch]):
+    """The state of one step: what is between its forward and its backward, and what is under way."""
 
     def __init__(self, pipeline: Pipeline[Batch], batches: Sequence[Batch]) -> None:
         self.pipe = pipeline
         self.batches = batches
-        self.inputs: list[Tensor | None] = []
-        self.outputs: list[Tensor] = []
-        self.gradient: Tensor | None = None
-        """What the next stage sent back for the micro-batch that goes backward next."""
+        self.last = len(pipeline.boundaries)
+        self.held: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        """Input and output of a stage for a micro-batch that has still to go backward."""
+        self.arriving: dict[Action, _Arriving] = {}
         self.sending: list[tuple[dist.Work, Tensor]] = []
         """Sends of the last exchange: their tensors must live until the other side has them."""
 
     def run(self) -> None:
-        mesh, count = self.pipe.mesh, len(self.batches)
-        num_warmup = min(mesh.pp_size - 1 - mesh.pp_rank, count)
-        num_steady = count - num_warmup
-
-        for i in range(num_warmup):
-            self._exchange(receive_forward=i)
-            self._forward(i)
-            self._exchange(send_forward=i)
-
-        if num_steady:
-            self._exchange(receive_forward=num_warmup)
-        for i in range(num_steady):
-            last = i == num_steady - 1
-            self._forward(num_warmup + i)
-            self._exchange(send_forward=num_warmup + i, receive_backward=i)
-            gradient = self._backward(i)
-            self._exchange(send_backward=(i, gradient), receive_forward=None if last else num_warmup + i + 1)
-
-        for i in range(num_steady, count):
-            self._exchange(receive_backward=i)
-            gradient = self._backward(i)
-            self._exchange(send_backward=(i, gradient))
-
+        mesh = self.pipe.mesh
+        for actions in timetable(mesh.pp_size, len(self.pipe.stages), len(self.batches)):
+            mine = actions[mesh.pp_rank]
+            made = None
+            if mine is not None:
+                made = self._forward(mine) if mine.is_forward else self._backward(mine)
+            self._exchange(actions, made)
         self._wait_for_sends()
 
-    def _forward(self, i: int) -> None:
-        self.outputs.append(self.pipe.stage(self.batches[i], self.inputs[i]))
+    def _forward(self, action: Action) -> Tensor:
+        stage, batch = action.stage, self.batches[action.batch]
+        incoming = None
+        if stage > 0:
+            incoming = self.arriving.pop(action).take().requires_grad_(self.pipe.boundaries[stage - 1].has_gradient)
+        output = self.pipe.stages[stage // self.pipe.mesh.pp_size](batch, incoming)
+        if stage < self.last:
+            planned = tuple(self.pipe.boundaries[stage].shape(batch))
+            assert tuple(output.shape) == planned, f"stage output {tuple(output.shape)}, planned {planned}"
+        self.held[stage, action.batch] = incoming, output
+        return output.detach()
 
-    def _backward(self, i: int) -> Tensor | None:
+    def _backward(self, action: Action) -> Tensor | None:
         """Return the gradient that the previous stage waits for; what was kept for the backward pass is let go."""
-        incoming, output = self.inputs[i], self.outputs[i]
-        self.inputs[i], self.outputs[i] = None, _NOTHING
-        self.pipe.backward(output, self.batches[i], self.gradient)
-        self.gradient = None
+        incoming, output = self.held.pop((action.stage, action.batch))
+        if action.stage == self.last:
+            gradient = self.pipe.head(output, self.batches[action.batch])
+        else:
+            arrived = self.arriving.pop(action, None)
+            gradient = None if arrived is None else arrived.take()
+        self.pipe.backward(output, gradient)
         if incoming is None or not incoming.requires_grad:
             return None
         return incoming.grad if incoming.grad is not None else torch.zeros_like(incoming)
 
-    def _exchange(
-        self,
-        *,
-        send_forward: int | None = None,
-        receive_forward: int | None = None,
-        send_backward: tuple[int, Tensor | None] | None = None,
-        receive_backward: int | None = None,
-    ) -> None:
-        """Talk with one neighbour in one batch of operations, so that a send and a receive cannot block each other."""
-        before, after, ops = self.pipe.before, self.pipe.after, []
-        received = None
-        if send_forward is not None and after is not None:
-            output = self.outputs[send_forward].detach().contiguous()
-            expected = after.shape(self.batches[send_forward])
-            assert tuple(output.shape) == tuple(expected), (
-                f"stage output {tuple(output.shape)}, planned {tuple(expected)}"
-            )
-            ops += self._op(dist.isend, output, +1)
-        if receive_backward is not None and after is not None and after.has_gradient:
-            received = torch.empty_like(self.outputs[receive_backward], memory_format=torch.contiguous_format)
-            ops += self._op(dist.irecv, received, +1)
-        if send_backward is not None and send_backward[1] is not None:
-            ops += self._op(dist.isend, send_backward[1].contiguous(), -1)
-        if receive_forward is not None:
-            if before is not None:
-                received = torch.empty(
-                    before.shape(self.batches[receive_forward]), dtype=self.pipe.dtype, device=self.pipe.device
-                )
-                ops += self._op(dist.irecv, received, -1)
-            self.inputs.append(received)
+    def _exchange(self, actions: Sequence[Action | None], made: Tensor | None) -> None:
+        """Send what this rank has made in this tick, and receive what others have made for it, in one batch of operations."""
+        mesh, ops, received = self.pipe.mesh, [], []
+        for rank, action in enumerate(actions):
+            message = None if action is None else self._message(action)
+            if message is None:
+                continue
+            to = message.action.stage % mesh.pp_size
+            if rank == mesh.pp_rank:
+                assert made is not None, "a message is of what its rank has made"
+                if made.numel():
+                    ops.append(self._op(dist.isend, made.contiguous(), to))
+            elif to == mesh.pp_rank:
+                shape = self.pipe.boundaries[message.boundary].shape(self.batches[message.action.batch])
+                arriving = _Arriving(torch.empty(shape, dtype=self.pipe.dtype, device=self.pipe.device), None)
+                self.arriving[message.action] = arriving
+                if arriving.tensor.numel():
+                    ops.append(self._op(dist.irecv, arriving.tensor, rank))
+                    received.append(arriving)
+        self._start(ops, received)
 
-        self._communicate(ops)
-        if receive_forward is not None and before is not None and received is not None:
-            received.requires_grad_(before.has_gradient)
-        if receive_backward is not None:
-            self.gradient = received
+    def _message(self, action: Action) -> _Message | None:
+        stage, batch = action.stage, action.batch
+        if action.is_forward:
+            return _Message(Action(True, stage + 1, batch), stage) if stage < self.last else None
+        if stage == 0 or not self.pipe.boundaries[stage - 1].has_gradient:
+            return None
+        return _Message(Action(False, stage - 1, batch), stage - 1)
 
-    def _communicate(self, ops: list[dist.P2POp]) -> None:
-        """Start sends and receives together; wait for the receives, and for the sends of the exchange before."""
+    def _start(self, ops: list[dist.P2POp], received: list[_Arriving]) -> None:
+        """Start sends and receives together; wait for the sends of the exchange before."""
         works = dist.batch_isend_irecv(ops) if ops else []
         if len(works) != len(ops):  # a coalescing backend returns one handle for all
             works = works * len(ops)
         self._wait_for_sends()
+        incoming = iter(received)
         for op, work in zip(ops, works, strict=True):
             if op.op is dist.irecv:
-                work.wait()
+                next(incoming).work = work
             else:
                 self.sending.append((work, op.tensor))
 
@@ -182,12 +254,7 @@ class _OneFOneB(Generic[Batch]):
             work.wait()
         self.sending.clear()
 
-    def _op(self, kind: Callable[..., dist.Work | None], tensor: Tensor, step: int) -> list[dist.P2POp]:
-        if tensor.numel() == 0:
-            return []
+    def _op(self, kind: Callable[..., dist.Work | None], tensor: Tensor, pp_rank: int) -> dist.P2POp:
         mesh = self.pipe.mesh
-        peer = mesh.rank + step * mesh.pp_stride
-        return [dist.P2POp(kind, tensor, peer, mesh.pp_group)]
-
-
-_NOTHING = torch.empty(0)
+        peer = mesh.rank + (pp_rank - mesh.pp_rank) * mesh.pp_stride
+        return dist.P2POp(kind, tensor, peer, mesh.pp_group)

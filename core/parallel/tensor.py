@@ -77,6 +77,11 @@ def pattern(name: str) -> str:
     return re.sub(r"\.\d+\.", ".{layer}.", name)
 
 
+def local_name(name: str) -> str:
+    """Return a parameter's name in its stage, where a rank with several names it `model1.…`."""
+    return re.sub(r"^model\d+\.", "", name)
+
+
 def cut(weight: Tensor, rule: ShardRule, *, tp_size: int, tp_rank: int) -> Tensor:
     """Return a rank's slice of a whole tensor, in memory of its own."""
     part = rule.cut(tuple(weight.shape), tp_size, tp_rank)

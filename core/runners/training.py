@@ -47,7 +47,6 @@ from core.models.plan import Stage, stages
 from core.models.qwen2_5_vl.family import Config
 from core.models.registry import Family, detect
 from core.parallel.mesh import Mesh, build_mesh
-from core.parallel.tensor import shard
 from core.runners.context import InputArtifact, RunContext, Stopped
 from core.specs.parallel import ParallelSpec
 from core.specs.training import RecomputeSpec, RecomputeSpecs, TrainingSpec
@@ -55,7 +54,7 @@ from core.training.checkpoint import FACTS, Checkpoints, Facts, Position, Togeth
 from core.training.freeze import ParameterRow, freeze, summary
 from core.training.optimizer import Optimizer
 from core.training.trainer import Outcome, Trainer
-from core.training.wiring import Head, build_pipeline
+from core.training.wiring import Head, build_pipeline, join, shard_chunks
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PATCH_HEADROOM = 1.25
@@ -74,8 +73,6 @@ def run(ctx: RunContext, spec: TrainingSpec) -> None:
 
 def _refuse_unsupported(spec: TrainingSpec) -> None:
     """Refuse what this version cannot do, should the submission have let it through."""
-    if spec.parallel.vpp_size > 1:
-        raise UnsupportedOption("training with virtual chunks is not supported yet; use one chunk")
     if spec.lora is not None:
         raise UnsupportedOption("lora is not supported yet; leave it out to train all weights that are not frozen")
 
@@ -85,7 +82,7 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
     config = family.parse_config(config_json)
     all_stages = stages(config, spec.parallel)
     mesh = _mesh(ctx, spec, config, all_stages)
-    stage = all_stages[mesh.pp_rank]
+    own_stages = all_stages[mesh.pp_rank :: mesh.pp_size]
     accelerator.seed(spec.seed)
     dataset = TokenisedDataset(ctx.inputs["dataset"].path)
     check_dataset(dataset, spec, config)
@@ -102,12 +99,14 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
     with Together(mesh):
         if resume_path is not None:
             facts = resumed_facts(ctx, resume_path, facts, spec)
-        model = _build(family, config, stage, accelerator, spec)
+        chunks = [_build(family, config, stage, accelerator, spec) for stage in own_stages]
+        model = join(chunks)
         table = freeze(model, spec.freeze)
-        held = shard(model, family.plan, mesh)
-        model = _allocate(model, accelerator, spec)
+        held = shard_chunks(chunks, family.plan, mesh)
+        _allocate(model, accelerator, spec)
         load_weights(
-            model, _weights(ctx, config, stage, mesh) if resume_path is None else checkpoints.load_weights(resume_path)
+            model,
+            _weights(ctx, config, own_stages, mesh) if resume_path is None else checkpoints.load_weights(resume_path),
         )
     optimizer = Optimizer(model, spec.optimizer, mesh, held=held)
     with Together(mesh):
@@ -115,13 +114,14 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
             _restore(checkpoints.load_state(resume_path), optimizer, accelerator)
     _tell(ctx, mesh, table)
 
-    head = Head(model, accelerator.device, mesh, targets_only=mesh.tp_group is None and not accelerator.static_shapes)
+    targets_only = mesh.tp_group is None and not accelerator.static_shapes
+    head = Head(chunks[-1], accelerator.device, mesh, targets_only=targets_only)
     trainer = Trainer(
         spec=spec,
         mesh=mesh,
         accelerator=accelerator,
         model=model,
-        pipeline=build_pipeline(model, head, mesh, config, all_stages, spec.freeze, accelerator),
+        pipeline=build_pipeline(chunks, head, mesh, config, all_stages, spec.freeze, accelerator),
         head=head,
         optimizer=optimizer,
         checkpoints=checkpoints,
@@ -129,7 +129,7 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
         reporter=ctx,
         saved_at=facts.position.iteration if resume_path is not None else None,
     )
-    with _loader(dataset, spec, mesh, stage, config, accelerator, facts.position) as loader:
+    with _loader(dataset, spec, mesh, own_stages[0], config, accelerator, facts.position) as loader:
         outcome = trainer.train(loader)
     if mesh.rank == 0:
         finished = outcome is Outcome.FINISHED
@@ -244,7 +244,7 @@ def _mesh(ctx: RunContext, spec: TrainingSpec, config: Config, all_stages: Seque
     parallel = spec.parallel
     if parallel.world_size != ctx.world_size:
         raise IncompatiblePlan(f"the spec asks for {parallel.world_size} processes, {ctx.world_size} were started")
-    tied = [stage.index for stage in all_stages if stage.has_embedding or stage.has_output]
+    tied = [stage.index % parallel.pp_size for stage in all_stages if stage.has_embedding or stage.has_output]
     return build_mesh(
         pp_size=parallel.pp_size,
         dp_size=parallel.dp_size,
@@ -272,10 +272,10 @@ def _build(family: Family, config: Config, stage: Stage, accelerator: Accelerato
     return model
 
 
-def _allocate(model: nn.Module, accelerator: Accelerator, spec: TrainingSpec) -> nn.Module:
+def _allocate(model: nn.Module, accelerator: Accelerator, spec: TrainingSpec) -> None:
     """Give the module memory for its weights, which are still to be loaded."""
     assert not list(model.buffers()), "buffers would be left without values"
-    return model.to(DTYPES[spec.precision]).to_empty(device=accelerator.device)
+    model.to(DTYPES[spec.precision]).to_empty(device=accelerator.device)
 
 
 def _recompute(specs: RecomputeSpecs) -> Recompute:
@@ -290,17 +290,21 @@ def _policy(spec: RecomputeSpec | None) -> RecomputePolicy:
     )
 
 
-def _weights(ctx: RunContext, config: Config, stage: Stage, mesh: Mesh) -> Iterable[tuple[str, Tensor]]:
-    """Read this rank's slice of its stage's weights from the model input, whatever its layout."""
+def _weights(ctx: RunContext, config: Config, own_stages: Sequence[Stage], mesh: Mesh) -> Iterator[tuple[str, Tensor]]:
+    """Read this rank's slices of its stages' weights from the model input, whatever its layout."""
     source, tp = ctx.inputs["model"], (mesh.tp_size, mesh.tp_rank)
-    if source.kind == "hf_model":
-        return load_stage_from_hf(source.path, config, stage, tp=tp)
     recorded = source.metadata.get("parallel")
-    if recorded is None:
+    if source.kind != "hf_model" and recorded is None:
         raise InvalidModel(
             f"{source.path} does not record its layout", hint="convert it (reshard) with source_parallel first"
         )
-    return load_stage(source.path, ParallelSpec.model_validate(recorded), config, stage, tp=tp)
+    for index, stage in enumerate(own_stages):
+        prefix = f"model{index}." if len(own_stages) > 1 else ""
+        if source.kind == "hf_model":
+            weights = load_stage_from_hf(source.path, config, stage, tp=tp)
+        else:
+            weights = load_stage(source.path, ParallelSpec.model_validate(recorded), config, stage, tp=tp)
+        yield from ((prefix + name, tensor) for name, tensor in weights)
 
 
 def _restore(state: dict[str, Any], optimizer: Optimizer, accelerator: Accelerator) -> None:

@@ -136,9 +136,13 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("iter_*") if path.is_dir())
 
     def load_weights(self, path: Path) -> Iterator[tuple[str, Tensor]]:
-        """Read this rank's weights, by memory map."""
+        """Read this rank's weights, by memory map; names of virtual chunks begin with `model0.`, `model1.` …"""
         file = torch.load(path / self.rank_folder / WEIGHTS_FILE, weights_only=True, mmap=True, map_location="cpu")
-        yield from file["model"].items()
+        for key, chunk in file.items():
+            if key == "model":
+                yield from chunk.items()
+            elif key.startswith("model"):  # a virtual chunk
+                yield from ((f"{key}.{name}", tensor) for name, tensor in chunk.items())
 
     def load_state(self, path: Path) -> dict[str, Any]:
         """Read this rank's optimizer and random state."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from core.models.plan import Stage
+from core.parallel.tensor import local_name
 from core.specs.training import FreezeSpec
 
 TOWERS = {
@@ -41,7 +42,7 @@ class ParameterRow:
 def tower_of(name: str) -> str:
     """Return the tower that an mm parameter name belongs to."""
     for tower, prefix in TOWERS.items():
-        if name.startswith(prefix):
+        if local_name(name).startswith(prefix):
             return tower
     raise AssertionError(f"parameter {name} belongs to no tower")
 

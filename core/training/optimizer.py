@@ -22,7 +22,7 @@ from torch.optim.adamw import adamw
 from core.parallel.collectives import sum_over
 from core.parallel.data import FlatBuffer
 from core.parallel.mesh import Mesh
-from core.parallel.tensor import Held
+from core.parallel.tensor import Held, local_name
 from core.specs.training import OptimizerSpec
 
 EMBEDDING = "text_decoder.embedding.word_embeddings.weight"
@@ -121,7 +121,7 @@ class Optimizer:
         self.mesh = mesh
         self.spec = spec
         self.groups = [Group.of(named, decay, held or {}) for named, decay in decays if named]
-        self._tied = self._tied_gradient()
+        self._tied = self._tied_gradients() if mesh.is_tied else {}
 
     @property
     def buffers(self) -> list[FlatBuffer]:
@@ -140,8 +140,7 @@ class Optimizer:
             group.buffer.all_reduce(self.mesh.dp_group)
             if self.mesh.tp_group is not None:
                 sum_over(group.addends, self.mesh.tp_group)
-        if self._tied is not None:
-            dist.all_reduce(self._tied, op=dist.ReduceOp.SUM, group=self.mesh.tied_group)
+        self._sum_copies()
 
     def squared_norm(self) -> float:
         """Return this rank's share of the squared gradient norm: what other ranks hold too is counted by the first of them.
@@ -154,8 +153,8 @@ class Optimizer:
         is_first = self.mesh.tp_rank == 0
         parts = [group.buffer.gradients if is_first else group.slices for group in self.groups]
         total = sum((_squared_norm(part) for part in parts if part.numel()), start=torch.zeros(()))
-        if self._tied is not None and self.mesh.is_last_stage:
-            total = total - _squared_norm(self._tied)
+        if OUTPUT in self._tied:  # counted where the embedding is
+            total = total - _squared_norm(self._tied[OUTPUT])
         return float(total)
 
     def step(self, *, learning_rate: float, num_targets: float, squared_norm: float) -> float:
@@ -227,16 +226,23 @@ class Optimizer:
                 if group.has_copy:
                     slot.view(group.master).copy_(entry["master"])
 
-    def _tied_gradient(self) -> Tensor | None:
-        """Return the gradient of this rank's copy of an embedding tied across stages, or None."""
-        if self.mesh.tied_group is None:
-            return None
-        name = OUTPUT if self.mesh.is_last_stage else EMBEDDING
-        for buffer in self.buffers:
-            slot = buffer.slot(name)
-            if slot is not None:
-                return slot.view(buffer.gradients)
-        return None
+    def _tied_gradients(self) -> dict[str, Tensor]:
+        """Return the gradients of this rank's copies of an embedding tied across stages."""
+        slots = [(slot, buffer) for buffer in self.buffers for slot in buffer.slots]
+        named = {local_name(slot.name): slot.view(buffer.gradients) for slot, buffer in slots}
+        return {name: named[name] for name in (EMBEDDING, OUTPUT) if name in named}
+
+    def _sum_copies(self) -> None:
+        """Give all copies of a tied embedding the sum of their gradients."""
+        if not self._tied:
+            return
+        total, *others = self._tied.values()
+        for other in others:  # virtual stages of one rank
+            total.add_(other)
+        if self.mesh.tied_group is not None:
+            dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.mesh.tied_group)
+        for other in others:
+            other.copy_(total)
 
 
 def _has_fused_adamw(weights: Tensor) -> bool:

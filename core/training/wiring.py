@@ -7,16 +7,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.device.base import Accelerator
 from core.models.batch import PackedBatch
-from core.models.plan import Stage
+from core.models.plan import Plan, Stage
 from core.models.qwen2_5_vl.family import Config
 from core.models.qwen2_5_vl.model import outgoing_shape
 from core.parallel.collectives import gather_rows, reduce_scatter_rows
 from core.parallel.mesh import Mesh
 from core.parallel.pipeline import Boundary, Pipeline
+from core.parallel.tensor import Held, shard
 from core.specs.training import FreezeSpec
 from core.training.freeze import gradient_reaches
 from core.training.loss import loss_and_gradient, target_positions
@@ -63,7 +64,7 @@ class Head:
 
 
 def build_pipeline(
-    model: Any,
+    chunks: Sequence[nn.Module],
     head: Head,
     mesh: Mesh,
     config: Config,
@@ -71,31 +72,48 @@ def build_pipeline(
     freeze: FreezeSpec,
     accelerator: Accelerator,
 ) -> Pipeline[PackedBatch]:
-    """Build this rank's end of the pipeline around its stage's module."""
+    """Build this rank's end of the pipeline around the modules of its stages."""
     reached = gradient_reaches(all_stages, freeze)
-    trims = head.targets_only and mesh.is_last_stage
 
-    def boundary(after: int) -> Boundary[PackedBatch] | None:
-        """Between stage `after` and the next one."""
-        if not 0 <= after < mesh.pp_size - 1:
-            return None
-        return Boundary(partial(_outgoing_shape, config, all_stages[after], mesh.tp_size), reached[after + 1])
-
-    def forward(batch: PackedBatch, incoming: Tensor | None = None) -> Tensor:
-        asked = {"rows_N": target_positions(batch.targets_T).to(accelerator.device)} if trims else {}
-        output: Tensor = model(batch.to(accelerator.device), incoming, **asked)
+    def forward(chunk: nn.Module, batch: PackedBatch, incoming: Tensor | None = None) -> Tensor:
+        output: Tensor = chunk(batch.to(accelerator.device), incoming)
         return output
 
+    def trimmed(chunk: nn.Module, batch: PackedBatch, incoming: Tensor | None = None) -> Tensor:
+        rows_N = target_positions(batch.targets_T).to(accelerator.device)
+        output: Tensor = chunk(batch.to(accelerator.device), incoming, rows_N=rows_N)
+        return output
+
+    own = [partial(forward, chunk) for chunk in chunks]
+    if head.targets_only and mesh.is_last_stage:
+        own[-1] = partial(trimmed, chunks[-1])
     return Pipeline(
         mesh,
-        forward,
+        own,
         head,
-        before=boundary(mesh.pp_rank - 1),
-        after=boundary(mesh.pp_rank),
+        boundaries=[
+            Boundary(partial(_outgoing_shape, config, stage, mesh.tp_size), is_reached)
+            for stage, is_reached in zip(all_stages, reached[1:], strict=False)
+        ],
         prepare=lambda batch: batch.padded_to(mesh.tp_size),
-        dtype=next(model.parameters()).dtype,
+        dtype=next(chunks[0].parameters()).dtype,
         device=accelerator.device,
     )
+
+
+def join(chunks: Sequence[nn.Module]) -> nn.Module:
+    """Make one module of a rank's stages; of several, parameters are named `model0.…`, `model1.…` as a rank file keys them."""
+    if len(chunks) == 1:
+        return chunks[0]
+    return nn.ModuleDict({f"model{index}": chunk for index, chunk in enumerate(chunks)})
+
+
+def shard_chunks(chunks: Sequence[nn.Module], plan: Plan, mesh: Mesh) -> dict[str, Held]:
+    """Cut a rank's stages over tensor-parallel ranks (see `shard`); names as `join` gives them."""
+    parts = [shard(chunk, plan, mesh) for chunk in chunks]
+    if len(chunks) == 1:
+        return parts[0]
+    return {f"model{index}.{name}": held for index, part in enumerate(parts) for name, held in part.items()}
 
 
 def _outgoing_shape(config: Config, stage: Stage, tp_size: int, batch: PackedBatch) -> tuple[int, int]:

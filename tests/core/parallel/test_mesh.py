@@ -21,9 +21,8 @@ class TestOrderOfRanks:
         for rank in range(6):
             mesh = Mesh(rank=rank, pp_size=2, dp_size=3)
             assert pp_ranks(2, 3, mesh.dp_rank)[mesh.pp_rank] == rank
-            assert dp_ranks(3, mesh.pp_rank)[mesh.dp_rank] == rank
-            assert mesh.is_first_stage == (rank < 3)
             assert mesh.is_last_stage == (rank >= 3)
+            assert dp_ranks(3, mesh.pp_rank)[mesh.dp_rank] == rank
 
     def test_tensor_parallel_ranks_are_the_nearest_neighbours(self) -> None:
         assert pp_ranks(2, 2, 1, tp_size=2, tp_rank=1) == [3, 7]

@@ -41,7 +41,7 @@ from tests.tiny import TinyShape, tiny_model
 
 WHOLE = {"llm_pp_layers": [[2]], "vit_pp_layers": [[2]]}
 SPLIT = {"llm_pp_layers": [[0, 2]], "vit_pp_layers": [[2, 0]]}
-VIRTUAL = {"llm_pp_layers": [[0, 1], [1, 0]], "vit_pp_layers": [[2, 0], [0, 0]]}
+VIRTUAL = {"llm_pp_layers": [[0, 0], [1, 1]], "vit_pp_layers": [[1, 1], [0, 0]]}
 NUM_ROWS = 6
 
 torch.set_num_threads(1)
@@ -312,10 +312,9 @@ class TestRefusals:
         with pytest.raises(IncompatiblePlan, match="adds up to 3"):
             training.run(bench.context(spec := training_spec({**WHOLE, "llm_pp_layers": [[3]]})), spec)
 
-    @pytest.mark.parametrize("changes", [{"lora": {}}, {"parallel": {**VIRTUAL, "nproc_per_node": 2}}])
-    def test_what_this_version_cannot_do(self, bench: Bench, changes: dict[str, Any]) -> None:
+    def test_what_this_version_cannot_do(self, bench: Bench) -> None:
         with pytest.raises(UnsupportedOption):
-            training.run(bench.context(spec := training_spec(**changes)), spec)
+            training.run(bench.context(spec := training_spec(lora={})), spec)
 
 
 class TestLoadWeights:
@@ -399,6 +398,13 @@ class TestUnderTorchrun:
         assert bench.losses() == pytest.approx(bench.losses(job="job_b"), rel=1e-4)
         assert "iteration 4/4 | consumed samples 16 |" in result.stdout
         assert exported(bench, tmp_path / "exported", SPLIT) == set(inspect_hf_folder(hf_dir).tensors)
+
+    def test_virtual_chunks_train_as_one_process_does(self, tmp_path: Path, bench: Bench) -> None:
+        training.run(bench.context(spec := training_spec(), job="job_b"), spec)
+        result = bench.torchrun(training_spec({**VIRTUAL, "nproc_per_node": 2}), 2)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert bench.losses() == pytest.approx(bench.losses(job="job_b"), rel=1e-4)
+        assert exported(bench, tmp_path / "exported", VIRTUAL) == set(inspect_hf_folder(bench.model.path).tensors)
 
     def test_slices_of_stages_train_in_bf16_from_a_checkpoint_of_another_layout(
         self, tmp_path: Path, bench: Bench

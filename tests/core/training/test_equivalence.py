@@ -43,6 +43,25 @@ TENSOR_LAYOUTS = {
         tp=2, llm=(1, 3), vit=(4, 0), micro_batches=(((0, 1), (2, 3)), ((4, 5), (6, 7))), tied=True
     ),
 }
+VIRTUAL_LAYOUTS = {
+    "pp2 vpp2": Case(vpp=2, llm=(0, 1, 1, 2), vit=(3, 1, 0, 0), micro_batches=(((0, 1), (2, 3), (4, 5), (6, 7)),)),
+    "pp2 vpp2 tied on two ranks": Case(vpp=2, llm=(1, 1, 1, 1), vit=(4, 0, 0, 0), micro_batches=(HALVES,), tied=True),
+    "pp2 vpp2 tied on one rank": Case(
+        vpp=2, llm=(0, 2, 1, 1), vit=(4, 0, 0, 0), micro_batches=(((0, 1, 2), (3, 4), (5, 6, 7)),), tied=True
+    ),
+    "pp2 vpp3 dp2": Case(
+        vpp=3,
+        llm=(0, 0, 1, 1, 1, 1),
+        vit=(2, 2, 0, 0, 0, 0),
+        micro_batches=(((0, 1), (2, 3), (4,)), ((5,), (6,), (7,))),
+    ),
+    "pp2 vpp2 tp2 tied on one rank, text only": Case(
+        tp=2, vpp=2, llm=(0, 2, 1, 1), vit=(4, 0, 0, 0), micro_batches=(HALVES,), tied=True, with_images=False
+    ),
+    "pp4 vpp2": Case(
+        vpp=2, llm=(0, 0, 0, 0, 1, 1, 1, 1), vit=(1, 1, 1, 1, 0, 0, 0, 0), micro_batches=(tuple((i,) for i in ALL),)
+    ),
+}
 FREEZES = {
     "nothing": NOTHING_FROZEN,
     "vision": FreezeSpec(vision_encoder=True, vision_projector=True, text_decoder=False),
@@ -54,7 +73,7 @@ FREEZES = {
 def reference(case: Case) -> Step:
     """One process, one micro-batch."""
     rows = tuple(sorted(row for rank in case.micro_batches for part in rank for row in part))
-    return one_step(0, replace(case, llm=(4,), vit=(4,), micro_batches=((rows,),), tp=1, recompute=None))
+    return one_step(0, replace(case, llm=(4,), vit=(4,), micro_batches=((rows,),), tp=1, vpp=1, recompute=None))
 
 
 def assert_same(steps: list[Step], expected: Step, *, tied: bool, tp: int = 1) -> None:
@@ -130,6 +149,18 @@ class TestTensorLayouts:
         shared = [name for name in first.weights if isinstance(PLAN[pattern(name)], Replicate)]
         assert shared
         assert all(torch.equal(first.weights[name], second.weights[name]) for name in shared)
+
+
+class TestVirtualLayouts:
+    @pytest.mark.parametrize("name", VIRTUAL_LAYOUTS)
+    def test_a_layout_equals_one_process(self, name: str) -> None:
+        case = VIRTUAL_LAYOUTS[name]
+        assert_same(run(one_step, case.world_size, case), reference(case), tied=case.tied, tp=case.tp)
+
+    @pytest.mark.parametrize("name", FREEZES)
+    def test_frozen_towers_equal_one_process(self, name: str) -> None:
+        case = replace(VIRTUAL_LAYOUTS["pp2 vpp2"], frozen=FREEZES[name], clip_grad=0.05)
+        assert_same(run(one_step, 2, case), reference(case), tied=False)
 
 
 class TestAccumulation:

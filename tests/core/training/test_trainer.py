@@ -71,11 +71,16 @@ class TestResume:
         parallel = {"parallel": {**PP2_DP2_SPEC["parallel"], "tp_size": 2}}
         self.assert_exact(replace(PP2_DP2, tp=2, micro_batches=(((0,),),)), parallel, tmp_path)
 
+    def test_it_holds_with_virtual_chunks(self, tmp_path: Path) -> None:
+        case = Case(vpp=2, llm=(0, 2, 1, 1), vit=(4, 0, 0, 0), micro_batches=(((0,),),), tied=True)
+        layout = {"llm_pp_layers": [[0, 2], [1, 1]], "vit_pp_layers": [[4, 0], [0, 0]], "nproc_per_node": 2}
+        self.assert_exact(case, {"parallel": layout}, tmp_path)
+
     def assert_exact(self, case: Case, parallel: dict[str, Any], folder: Path) -> list[Trained]:
         spec = training_spec(**parallel, train_iters=4, checkpoint={"save_interval": 2})
-        straight = run(train, 4, case, spec, folder / "straight")
-        run(stopped, 4, case, spec, folder / "broken", 3)
-        resumed = run(train, 4, case, spec, folder / "broken")
+        straight = run(train, case.world_size, case, spec, folder / "straight")
+        run(stopped, case.world_size, case, spec, folder / "broken", 3)
+        resumed = run(train, case.world_size, case, spec, folder / "broken")
         assert all(equal(a, b) for a, b in zip(resumed, straight, strict=True))
         return straight
 

@@ -25,14 +25,14 @@ from core.models.qwen2_5_vl.family import PLAN, Config, TextConfig, VisionConfig
 from core.models.qwen2_5_vl.model import Qwen2_5_VLStage
 from core.parallel.data import all_reduce_rows
 from core.parallel.mesh import Mesh, build_mesh
-from core.parallel.tensor import shard
+from core.parallel.tensor import local_name
 from core.specs.parallel import ParallelSpec
 from core.specs.training import FreezeSpec, OptimizerSpec, TrainingSpec
 from core.training.checkpoint import Checkpoints, Facts, Position
 from core.training.freeze import freeze
 from core.training.optimizer import Optimizer
 from core.training.trainer import Outcome, Trainer
-from core.training.wiring import Head, build_pipeline
+from core.training.wiring import Head, build_pipeline, join, shard_chunks
 
 VOCAB = 96
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
@@ -158,11 +158,25 @@ class Case:
     with_images: bool = True
     clip_grad: float = 0.0
     tp: int = 1
+    vpp: int = 1
+    """`llm` and `vit` count the layers of `vpp` stages per rank, in the order of the model"""
     recompute: Recompute | None = None
 
     @property
+    def pp(self) -> int:
+        return len(self.llm) // self.vpp
+
+    @property
     def world_size(self) -> int:
-        return len(self.llm) * len(self.micro_batches) * self.tp
+        return self.pp * len(self.micro_batches) * self.tp
+
+    @property
+    def layout(self) -> ParallelSpec:
+        llm, vit = (
+            tuple(counts[first : first + self.pp] for first in range(0, len(counts), self.pp))
+            for counts in (self.llm, self.vit)
+        )
+        return ParallelSpec(tp_size=self.tp, llm_pp_layers=llm, vit_pp_layers=vit)
 
 
 @dataclass(frozen=True)
@@ -181,25 +195,32 @@ class Rank:
 
     def __init__(self, case: Case, optimizer: OptimizerSpec | None = None) -> None:
         self.case, self.config = case, tiny_config(tied=case.tied)
-        self.stages = stages(self.config, ParallelSpec(llm_pp_layers=(case.llm,), vit_pp_layers=(case.vit,)))
-        tied = [stage.index for stage in self.stages if stage.has_embedding or stage.has_output] if case.tied else []
+        self.stages = stages(self.config, case.layout)
+        ends = [stage for stage in self.stages if stage.has_embedding or stage.has_output]
         self.mesh: Mesh = build_mesh(
-            pp_size=len(case.llm), dp_size=len(case.micro_batches), tp_size=case.tp, tied_stages=tied
+            pp_size=case.pp,
+            dp_size=len(case.micro_batches),
+            tp_size=case.tp,
+            tied_stages=[stage.index % case.pp for stage in ends] if case.tied else (),
         )
-        self.stage = self.stages[self.mesh.pp_rank]
-        self.model: nn.Module = stage_model(self.config, self.stage, recompute=case.recompute)
+        self.own_stages = self.stages[self.mesh.pp_rank :: case.pp]
+        chunks = [stage_model(self.config, stage, recompute=case.recompute) for stage in self.own_stages]
+        self.model: nn.Module = join(chunks)
         freeze(self.model, case.frozen)
-        held = shard(self.model, PLAN, self.mesh)
+        held = shard_chunks(chunks, PLAN, self.mesh)
         self.optimizer = Optimizer(
             self.model, optimizer or SMOOTH.model_copy(update={"clip_grad": case.clip_grad}), self.mesh, held=held
         )
         accelerator = CpuAccelerator()
         # The case of one rank, which the others are compared with, computes every position.
         trims = self.mesh.tp_group is None and (case.world_size > 1 or case.recompute is not None)
-        self.head = Head(self.model, accelerator.device, self.mesh, targets_only=trims)
-        self.pipeline = build_pipeline(
-            self.model, self.head, self.mesh, self.config, self.stages, case.frozen, accelerator
-        )
+        self.head = Head(chunks[-1], accelerator.device, self.mesh, targets_only=trims)
+        self.pipeline = build_pipeline(chunks, self.head, self.mesh, self.config, self.stages, case.frozen, accelerator)
+
+    def global_name(self, name: str) -> str:
+        """Turn a name of this rank's module into that of the whole model."""
+        chunk = re.match(r"model(\d+)\.", name)
+        return global_name(local_name(name), self.own_stages[int(chunk[1]) if chunk else 0])
 
     def step(self) -> Step:
         case, mesh = self.case, self.mesh
@@ -212,7 +233,7 @@ class Rank:
         self.pipeline.run([batch for batch in batches if batch.rows])
         self.optimizer.reduce_gradients()
         gradients = {
-            global_name(slot.name, self.stage): slot.view(buffer.gradients).clone() / num_targets
+            self.global_name(slot.name): slot.view(buffer.gradients).clone() / num_targets
             for buffer in self.optimizer.buffers
             for slot in buffer.slots
         }
@@ -221,7 +242,7 @@ class Rank:
         table = all_reduce_rows(row, rank=mesh.rank, world_size=mesh.world_size, group=mesh.world_group, device=device)
         loss_sum, squared_norm = table.sum(0).tolist()
         norm = self.optimizer.step(learning_rate=1e-2, num_targets=num_targets, squared_norm=squared_norm)
-        weights = {global_name(name, self.stage): tensor.clone() for name, tensor in self.model.state_dict().items()}
+        weights = {self.global_name(name): tensor.clone() for name, tensor in self.model.state_dict().items()}
         return Step(loss_sum / num_targets, norm, gradients, weights, mesh.tp_rank)
 
 
