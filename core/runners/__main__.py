@@ -21,6 +21,9 @@ from core.specs.events import JobFile
 from core.storage.local import Store
 
 _PR_SET_PDEATHSIG = 1
+TORCH_SETTINGS = {"THP_MEM_ALLOC_ENABLE": "1"}
+"""Read by torch when it is imported. Large CPU tensors in huge pages: glibc maps each anew, and zeroing it page by page can take
+longer than the operation that fills it."""
 
 
 def main(attempt_dir: Path) -> int:
@@ -29,6 +32,8 @@ def main(attempt_dir: Path) -> int:
     ctx = load_context(attempt_dir)
     ctx.install_signals()
     configure_logging(ctx)
+    for name, value in TORCH_SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         runner = importlib.import_module(f"core.runners.{ctx.kind}")
         ctx.started()

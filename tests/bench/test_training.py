@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from core.runners.__main__ import TORCH_SETTINGS
 from tests.bench.digits import train_digits
 from tests.bench.engines import Options
 from tests.bench.lockstep import Runner, machine, ratio, take_turns
@@ -48,7 +49,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         python = peers_python() if engine in ("hf", "trl") else Path(sys.executable)
         command = [python, "-m", "tests.bench.engines", engine, folder, json.dumps(asdict(options))]
         log = tmp_path / f"{name or engine}.log"
-        runners.append(Runner.start(name or engine, command, log=log, threads=options.threads))
+        settings = TORCH_SETTINGS if engine in ("temper", "bare") else {}  # what `python -m core.runners` sets
+        runners.append(Runner.start(name or engine, command, log=log, threads=options.threads, environment=settings))
         return runners[-1]
 
     yield start_one
