@@ -1,7 +1,8 @@
 """hf_to_mm, mm_to_hf and reshard: plan everything, check the plan, then stream tensor by tensor into the files.
 
-A target folder is empty or absent before; after a failure its contents mean nothing (the caller writes under a temporary
-name). No tensor is ever held whole: a chunk of rows goes from the source's memory map to the target file.
+A target folder is empty or absent before, or is a journal's (`core.conversion.journal`), and then what that has finished stays.
+After a failure a target's contents mean nothing. No tensor is ever held whole: a chunk of rows goes from the source's memory map to the
+target file.
 """
 
 from __future__ import annotations
@@ -10,57 +11,36 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from core.conversion.apply import Bytes, WeightSource, chunks, layout_dtype, whole_tensor
+from core.conversion.apply import Bytes, Findings, WeightSource, chunks, layout_dtype, whole_tensor
 from core.conversion.files import FILE_MODE, OutTensor, disk_full_named, make_folder
 from core.conversion.hf import HFWeights, write_index, write_safetensors
+from core.conversion.journal import Journal
 from core.conversion.mm import MMWeights, rank_tree, write_tracker
 from core.conversion.pt import write_pt
-from core.conversion.verify import check_complete, check_consumed
+from core.conversion.verify import check_complete, check_consumed, check_equal
+from core.conversion.writing import OutFile, Quiet, SharedWatch, Watch, write_files
 from core.errors import Conflict, CorruptCheckpoint, InvalidModel, UnknownWeights
-from core.models.hf_folder import INDEX_FILE, SINGLE_FILE, HFFolder, listed, read_header, read_index
+from core.models.hf_folder import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    HFFolder,
+    inspect_hf_folder,
+    listed,
+    read_header,
+    read_index,
+)
 from core.models.layout import TensorLayout, hf_shapes, rank_layouts, tied_names
 from core.models.mapping import old_name
-from core.models.mm_folder import RANK_FILE, MMFolder, rank_dir
+from core.models.mm_folder import RANK_FILE, MMFolder, inspect_mm_folder, rank_dir
 from core.models.plan import Split
 from core.models.qwen2_5_vl.family import Config
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"})
 DEFAULT_SHARD_BYTES = 5_000_000_000
-
-
-class Watch(Protocol):
-    """Hears how a conversion goes on. Any call may raise, which ends it."""
-
-    def begin(self, total_bytes: int) -> None:
-        """Everything is checked; so many bytes of weights will be written."""
-
-    def advance(self, num_bytes: int) -> None:
-        """So many more bytes are written."""
-
-    def wrote(self, file: str, size_bytes: int) -> None:
-        """A file is complete."""
-
-    def warn(self, code: str, message: str) -> None:
-        """Something that the user should know."""
-
-
-class Quiet:
-    """A watch that does nothing."""
-
-    def begin(self, total_bytes: int) -> None:
-        """Nothing."""
-
-    def advance(self, num_bytes: int) -> None:
-        """Nothing."""
-
-    def wrote(self, file: str, size_bytes: int) -> None:
-        """Nothing."""
-
-    def warn(self, code: str, message: str) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +62,21 @@ def hf_to_mm(
     canonical: bool = False,
     dtype: str | None = None,
     allow_roots: tuple[Path, ...] = (),
+    verify: bool = False,
     watch: Watch | None = None,
+    journal: Journal | None = None,
 ) -> Written:
-    """Write `release/mp_rank_*/model_optim_rng.pt` and `hf/` (all files of the source that are no weights)."""
+    """Write `release/mp_rank_*/model_optim_rng.pt` and `hf/` (all files of the source that are no weights).
+
+    `verify` reads the output back and compares every weight with its source.
+    """
     weights = HFWeights(source)
     different = weights.differing_copies(tied_names(source.config))
     if different:
         raise InvalidModel(f"{listed(different)} differs from the embedding, but config.json ties them")
-    _require_empty(target)
-    written = _write_mm(weights, source.config, target, parallel, canonical, dtype, watch or Quiet())
+    _require_empty(target, journal)
+    output = _MMOutput(source.config, parallel, canonical, dtype, verify)
+    written = _write_mm(weights, output, target, SharedWatch(watch or Quiet()), journal)
     copy_model_files(source.path, target / "hf", dtype=dtype, allow_roots=allow_roots)
     if not (target / "hf" / INDEX_FILE).exists():  # the index is also what remembers the source's key names
         write_index(target / "hf", source.weight_map, source.total_bytes)
@@ -108,16 +94,18 @@ def reshard(
     canonical: bool = False,
     dtype: str | None = None,
     allow_roots: tuple[Path, ...] = (),
+    verify: bool = False,
     watch: Watch | None = None,
+    journal: Journal | None = None,
 ) -> Written:
     """Write the weights of a checkpoint in another split, as a release; optimizer state stays behind.
 
     `hf/` is copied from `hf_files`, by default from the source's own.
     """
-    watch = watch or Quiet()
-    weights = _open_mm(source, config, source_parallel, watch)
-    _require_empty(target)
-    written = _write_mm(weights, config, target, parallel, canonical, dtype, watch)
+    shared = SharedWatch(watch or Quiet())
+    weights = _open_mm(source, config, source_parallel, shared)
+    _require_empty(target, journal)
+    written = _write_mm(weights, _MMOutput(config, parallel, canonical, dtype, verify), target, shared, journal)
     hf_files = hf_files or source.hf_dir
     if hf_files is not None:
         copy_model_files(hf_files, target / "hf", dtype=dtype, allow_roots=allow_roots)
@@ -134,34 +122,39 @@ def mm_to_hf(
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
     allow_roots: tuple[Path, ...] = (),
+    verify: bool = False,
     watch: Watch | None = None,
+    journal: Journal | None = None,
 ) -> Written:
     """Write a HF folder with config, tokenizer and key names of `hf_files`.
 
     Tensors go to the files that its index names; without an index, or with `max_shard_bytes`, to files of at most that size.
     """
-    watch = watch or Quiet()
-    weights = _open_mm(source, config, source_parallel, watch)
+    shared = SharedWatch(watch or Quiet())
+    weights = _open_mm(source, config, source_parallel, shared)
     shapes = hf_shapes(config)
     check_consumed(shapes, weights.blocks())
     keys = _keys(hf_files, config)
-    tensors = {
-        key: _out(whole_tensor(name, shapes[name]), weights, dtype, watch, key)
-        for key, name in _stored_as(keys, config)
-    }
-    files = _assign(tensors, None if max_shard_bytes else keys, max_shard_bytes or DEFAULT_SHARD_BYTES)
-    _require_empty(target)
-    total = sum(tensor.size_bytes for tensor in tensors.values())
-    watch.begin(total)
-    make_folder(target)
-    digests = {}
+    stored = dict(_stored_as(keys, config))
+    sizes = {key: _size(whole_tensor(name, shapes[name]), weights, dtype, key) for key, name in stored.items()}
+    files = _assign(sizes, None if max_shard_bytes else keys, max_shard_bytes or DEFAULT_SHARD_BYTES)
+    _require_empty(target, journal)
+    outputs = []
     for file, names in files.items():
-        digests[file] = write_safetensors(target / file, {key: tensors[key] for key in names})
-        watch.wrote(file, (target / file).stat().st_size)
+        layouts = {key: whole_tensor(stored[key], shapes[stored[key]]) for key in names}
+        findings = Findings()
+        tensors = _out_tensors(layouts, weights, dtype, shared, findings)
+        size_bytes = sum(sizes[key] for key in names)
+        outputs.append(OutFile(file, size_bytes, partial(write_safetensors, tensors=tensors), findings))
+    make_folder(target)
+    digests = _write(target, outputs, shared, journal, to_verify=sum(sizes.values()) if verify else 0)
     if list(files) != [SINGLE_FILE]:
-        write_index(target, {key: file for file, names in files.items() for key in names}, total)
+        write_index(target, {key: file for file, names in files.items() for key in names}, sum(sizes.values()))
     copy_model_files(hf_files, target, dtype=dtype, allow_roots=allow_roots)
-    return Written(len(tensors), total, sorted({tensor.dtype for tensor in tensors.values()}), digests)
+    if verify:
+        check_equal(shapes, weights, HFWeights(inspect_hf_folder(target)), shared)
+    dtypes = {dtype or weights.dtype(name) for name in stored.values()}
+    return Written(len(stored), sum(sizes.values()), sorted(dtypes), digests)
 
 
 def copy_model_files(
@@ -207,7 +200,7 @@ def _set_dtype(config_file: Path, dtype: str) -> None:
     config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _open_mm(source: MMFolder, config: Config, parallel: Split, watch: Watch) -> MMWeights:
+def _open_mm(source: MMFolder, config: Config, parallel: Split, watch: SharedWatch) -> MMWeights:
     weights = MMWeights(source, config, parallel)
     tied, others = weights.differing_replicas()
     if tied:
@@ -217,32 +210,42 @@ def _open_mm(source: MMFolder, config: Config, parallel: Split, watch: Watch) ->
     return weights
 
 
+@dataclass(frozen=True)
+class _MMOutput:
+    """What is asked for."""
+
+    config: Config
+    parallel: Split
+    canonical: bool
+    dtype: str | None
+    verify: bool
+
+
 def _write_mm(
-    weights: WeightSource,
-    config: Config,
-    target: Path,
-    parallel: Split,
-    canonical: bool,
-    dtype: str | None,
-    watch: Watch,
+    weights: WeightSource, output: _MMOutput, target: Path, watch: SharedWatch, journal: Journal | None
 ) -> Written:
-    ranks = list(rank_layouts(config, parallel, canonical=canonical))
+    config, parallel = output.config, output.parallel
+    ranks = list(rank_layouts(config, parallel, canonical=output.canonical))
+    all_layouts = [layouts for rank in ranks for layouts in rank.chunks]
+    for layouts in all_layouts:
+        check_complete(layouts)
+    check_consumed(
+        hf_shapes(config), (block for layouts in all_layouts for tensor in layouts.values() for block in tensor.blocks)
+    )
+    files, tensors = [], []
     for rank in ranks:
-        for layouts in rank.chunks:
-            check_complete(layouts)
-    all_layouts = [layout for rank in ranks for chunk in rank.chunks for layout in chunk.values()]
-    check_consumed(hf_shapes(config), (block for layout in all_layouts for block in layout.blocks))
-    trees = [tuple(_out_tensors(chunk, weights, dtype, watch) for chunk in rank.chunks) for rank in ranks]
-    tensors = [tensor for tree in trees for chunk in tree for tensor in chunk.values()]
-    watch.begin(sum(tensor.size_bytes for tensor in tensors))
-    digests = {}
-    pp_size = len(parallel.llm_pp_layers[0])
-    for rank, tree in zip(ranks, trees, strict=True):
-        file = f"{rank_dir('release', rank.tp_rank, rank.pp_rank, pp_size)}/{RANK_FILE}"
-        make_folder((target / file).parent)
-        digests[file] = write_pt(target / file, rank_tree(tree))
-        watch.wrote(file, (target / file).stat().st_size)
+        findings = Findings()
+        chunks = tuple(_out_tensors(layouts, weights, output.dtype, watch, findings) for layouts in rank.chunks)
+        tensors += (inside := [tensor for chunk in chunks for tensor in chunk.values()])
+        path = f"{rank_dir('release', rank.tp_rank, rank.pp_rank, len(parallel.llm_pp_layers[0]))}/{RANK_FILE}"
+        size_bytes = sum(tensor.size_bytes for tensor in inside)
+        files.append(OutFile(path, size_bytes, partial(write_pt, tree=rank_tree(chunks)), findings))
+    sizes = [_size(whole_tensor(name, shape), weights, output.dtype, name) for name, shape in hf_shapes(config).items()]
+    digests = _write(target, files, watch, journal, to_verify=sum(sizes) if output.verify else 0)
     write_tracker(target)
+    if output.verify:
+        result = MMWeights(inspect_mm_folder(target, parallel), config, parallel)
+        check_equal(hf_shapes(config), weights, result, watch)
     return Written(
         num_tensors=len(tensors),
         total_bytes=sum(tensor.size_bytes for tensor in tensors),
@@ -251,24 +254,48 @@ def _write_mm(
     )
 
 
+def _write(
+    target: Path, files: list[OutFile], watch: SharedWatch, journal: Journal | None, *, to_verify: int
+) -> dict[str, str]:
+    total = sum(file.size_bytes for file in files)
+    to_write = sum(file.size_bytes for file in files if journal is None or file.path not in journal.finished)
+    watch.begin(total + to_verify, to_write=to_write)
+    return write_files(target, files, watch, journal)
+
+
 def _out_tensors(
-    layouts: Mapping[str, TensorLayout], weights: WeightSource, dtype: str | None, watch: Watch
+    layouts: Mapping[str, TensorLayout],
+    weights: WeightSource,
+    dtype: str | None,
+    watch: SharedWatch,
+    findings: Findings,
 ) -> dict[str, OutTensor]:
-    return {name: _out(layout, weights, dtype, watch, name) for name, layout in layouts.items()}
+    return {name: _out(layout, weights, dtype, watch, findings, name) for name, layout in layouts.items()}
 
 
-def _out(layout: TensorLayout, weights: WeightSource, dtype: str | None, watch: Watch, name: str) -> OutTensor:
-    stored = layout_dtype(layout, weights)
-    if stored is None:
-        parts = ", ".join(f"{source} {weights.dtype(source)}" for source in {block.source for block in layout.blocks})
-        raise InvalidModel(f"{name} would be made of weights of different types: {parts}", hint="give dtype")
+def _out(
+    layout: TensorLayout, weights: WeightSource, dtype: str | None, watch: SharedWatch, findings: Findings, name: str
+) -> OutTensor:
+    stored = _stored_dtype(layout, weights, name)
 
     def stream() -> Iterator[Bytes]:
-        for chunk in chunks(layout, weights, dtype=dtype):
+        for chunk in chunks(layout, weights, dtype=dtype, findings=findings):
             yield chunk
             watch.advance(chunk.nbytes)
 
     return OutTensor(dtype or stored, layout.shape, stream)
+
+
+def _stored_dtype(layout: TensorLayout, weights: WeightSource, name: str) -> str:
+    stored = layout_dtype(layout, weights)
+    if stored is None:
+        parts = ", ".join(f"{source} {weights.dtype(source)}" for source in {block.source for block in layout.blocks})
+        raise InvalidModel(f"{name} would be made of weights of different types: {parts}", hint="give dtype")
+    return stored
+
+
+def _size(layout: TensorLayout, weights: WeightSource, dtype: str | None, name: str) -> int:
+    return OutTensor(dtype or _stored_dtype(layout, weights, name), layout.shape, list).size_bytes
 
 
 def _keys(hf_files: Path, config: Config) -> dict[str, str] | None:
@@ -294,9 +321,7 @@ def _stored_as(keys: Mapping[str, str] | None, config: Config) -> Iterator[tuple
         yield key, tied.get(name, name)
 
 
-def _assign(
-    tensors: Mapping[str, OutTensor], keys: Mapping[str, str] | None, max_shard_bytes: int
-) -> dict[str, list[str]]:
+def _assign(sizes: Mapping[str, int], keys: Mapping[str, str] | None, max_shard_bytes: int) -> dict[str, list[str]]:
     """File name -> keys, files in order."""
     files: dict[str, list[str]] = {}
     if keys is not None:
@@ -305,17 +330,17 @@ def _assign(
         return dict(sorted(files.items()))
     shards: list[list[str]] = [[]]
     filled = 0
-    for key, tensor in tensors.items():
-        if shards[-1] and filled + tensor.size_bytes > max_shard_bytes:
+    for key, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(key)
-        filled += tensor.size_bytes
+        filled += size
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
     return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": keys for number, keys in enumerate(shards, start=1)}
 
 
-def _require_empty(target: Path) -> None:
-    if target.exists() and any(target.iterdir()):
+def _require_empty(target: Path, journal: Journal | None) -> None:
+    if journal is None and target.exists() and any(target.iterdir()):
         raise Conflict(f"{target} is not empty; stale rank files would be taken for part of the checkpoint")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class HFWeights:
         self._tensors = folder.tensors
         self._tied_copies = folder.tied_copies
         self._files: dict[Path, MappedFile] = {}
+        self._lock = threading.Lock()
 
     def dtype(self, name: str) -> str:
         """float32, float16 or bfloat16."""
@@ -37,8 +39,13 @@ class HFWeights:
 
     def release(self) -> None:
         """Free the memory that reading took."""
-        for file in self._files.values():
+        for file in list(self._files.values()):
             file.release()
+
+    def from_disk(self) -> None:
+        """Have the files read from the disk itself from now on, not from the system's cache."""
+        for file in {entry.file for entry in self._tensors.values()}:
+            self._mapped(file).drop_cache()
 
     def differing_copies(self, tied: Mapping[str, str]) -> list[str]:
         """Keys of stored tied weights whose bytes are not those of the weight that they share."""
@@ -49,10 +56,14 @@ class HFWeights:
         ]
 
     def _matrix(self, entry: TensorEntry) -> Bytes:
-        if entry.file not in self._files:
-            self._files[entry.file] = MappedFile(entry.file)
         row_bytes = width(entry.shape) * ITEM_SIZE[DTYPE_NAME[entry.dtype]]
-        return self._files[entry.file].data[entry.start : entry.stop].reshape(entry.shape[0], row_bytes)
+        return self._mapped(entry.file).data[entry.start : entry.stop].reshape(entry.shape[0], row_bytes)
+
+    def _mapped(self, file: Path) -> MappedFile:
+        with self._lock:
+            if file not in self._files:
+                self._files[file] = MappedFile(file)
+            return self._files[file]
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, OutTensor]) -> str:

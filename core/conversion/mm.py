@@ -7,9 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from core.conversion.apply import ITEM_SIZE, Bytes, Part, same_bytes
 from core.conversion.files import HashingWriter, OutTensor, make_folder
@@ -22,6 +20,9 @@ from core.models.mm_folder import RANK_FILE, TRACKER, MMFolder, rank_dir
 from core.models.plan import Split
 from core.models.qwen2_5_vl.family import Config
 from core.models.registry import get_family
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["MMWeights", "rank_dir", "rank_tree", "write_rank_file", "write_tracker"]
 
@@ -126,8 +127,13 @@ class MMWeights:
 
     def release(self) -> None:
         """Free the memory that reading took."""
-        for file in self._files.values():
+        for file in list(self._files.values()):
             file.release()
+
+    def from_disk(self) -> None:
+        """Have the files read from the disk itself from now on, not from the system's cache."""
+        for file in self._files.values():
+            file.drop_cache()
 
     def differing_replicas(self) -> tuple[list[str], list[str]]:
         """Weights that should be equal on several ranks and are not: (tied embeddings, others)."""

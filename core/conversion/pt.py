@@ -20,17 +20,19 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from core.conversion.apply import ITEM_SIZE, Bytes
 from core.conversion.files import HashingWriter, MappedFile, OutTensor
 from core.errors import CorruptCheckpoint
 from core.models.mapping import Shape
 
-_STORAGE = {"float32": torch.FloatStorage, "float16": torch.HalfStorage, "bfloat16": torch.BFloat16Storage}
+if TYPE_CHECKING:
+    import torch
+
+_STORAGE = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}
 _STORAGE_DTYPE = {
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -43,6 +45,8 @@ _STORAGE_DTYPE = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
+_BYTES_PER_ITEM = ITEM_SIZE | {"float64": 8, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
+_DTYPES = frozenset({*_BYTES_PER_ITEM, "complex64", "complex128"})
 _INERT_PACKAGES = frozenset({"megatron", "mindspeed", "mindspeed_mm", "numpy"})
 _MAX_PICKLE_BYTES = 256 << 20
 _ALIGNMENT = 64
@@ -81,6 +85,10 @@ class PtFile:
     def release(self) -> None:
         """Free the memory that reading took."""
         self._mapped.release()
+
+    def drop_cache(self) -> None:
+        """Have the file read from the disk itself from now on."""
+        self._mapped.drop_cache()
 
 
 def read_pt(path: Path) -> Any:
@@ -187,8 +195,8 @@ def _known_global(module: str, name: str) -> Any:
         return allowed[module, name]
     if module == "torch" and name in _STORAGE_DTYPE:
         return _STORAGE_DTYPE[name]
-    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-        return getattr(torch, name)
+    if module == "torch" and name in _DTYPES:
+        return f"torch.{name}"
     if module.split(".")[0] in _INERT_PACKAGES:
         return _Inert
     return None
@@ -198,7 +206,7 @@ def _rebuild_tensor(
     storage: tuple[str, Bytes], offset: int, shape: Shape, stride: Shape, _grad: object, _hooks: object, *_: object
 ) -> PtTensor:
     dtype, data = storage
-    item = int(getattr(torch, dtype).itemsize)
+    item = _BYTES_PER_ITEM[dtype]
     wanted, span = 1, []
     for size in reversed(shape):
         span.append(wanted)
@@ -223,14 +231,13 @@ def write_pt(path: Path, tree: Mapping[str, Any]) -> str:
 
     `torch.load(weights_only=True)` reads it. Tensors are asked for their bytes in order, one chunk at a time.
     """
-    pickled = io.BytesIO()
-    pickler = _Pickler(pickled)
-    pickler.dump(dict(tree))
+    emitter = _Emitter()
+    pickled = emitter.dump(dict(tree))
     with HashingWriter.open(path) as out:
         with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:  # type: ignore[call-overload]
-            _add(archive, out, "archive/data.pkl", pickled.getvalue())
+            _add(archive, out, "archive/data.pkl", pickled)
             _add(archive, out, "archive/byteorder", b"little")
-            for key, tensor in enumerate(pickler.tensors):
+            for key, tensor in enumerate(emitter.tensors):
                 _add_tensor(archive, out, f"archive/data/{key}", tensor)
             _add(archive, out, "archive/version", b"3\n")
         return out.hexdigest()
@@ -243,47 +250,68 @@ def from_torch(tensor: torch.Tensor) -> OutTensor:
         raise TypeError(f"weights are {', '.join(ITEM_SIZE)}, not {dtype}")
 
     def chunks() -> list[Bytes]:
+        import torch
+
         flat = tensor.detach().cpu().contiguous().view(-1)
         return [flat.view(torch.uint8).numpy()]
 
     return OutTensor(dtype, tuple(tensor.shape), chunks)
 
 
-@dataclass(frozen=True)
-class _StorageRef:
-    key: int
-    dtype: str
-    count: int
+_MARK, _REBUILD = b"(", b"ctorch._utils\n_rebuild_tensor_v2\n"
 
 
-class _Pickler(pickle.Pickler):
-    """Pickles OutTensors as torch pickles tensors, and remembers them in order."""
+class _Emitter:
+    """Writes the pickle (protocol 2) that torch.save would, without torch: dictionaries, numbers, strings, OutTensors."""
 
-    def __init__(self, stream: io.BytesIO) -> None:
-        super().__init__(stream, protocol=2)
+    def __init__(self) -> None:
         self.tensors: list[OutTensor] = []
+        """In the order of their storage keys."""
 
-    def persistent_id(self, obj: Any) -> Any:
-        if isinstance(obj, _StorageRef):
-            return "storage", _STORAGE[obj.dtype], str(obj.key), "cpu", obj.count
-        return None
+    def dump(self, tree: Mapping[str, Any]) -> bytes:
+        """The whole of data.pkl."""
+        return b"\x80\x02" + self._value(tree) + b"."
 
-    def reducer_override(self, obj: Any) -> Any:
-        if not isinstance(obj, OutTensor):
-            return NotImplemented
-        count = obj.size_bytes // ITEM_SIZE[obj.dtype]
-        storage = _StorageRef(len(self.tensors), obj.dtype, count)
-        self.tensors.append(obj)
-        stride = tuple(itertools.accumulate(reversed(obj.shape[1:]), lambda a, b: a * b, initial=1))[::-1]
-        arguments: tuple[object, ...] = (
-            storage,
-            0,
-            obj.shape,
-            stride if obj.shape else (),
-            False,
-            collections.OrderedDict(),
-        )
-        return torch._utils._rebuild_tensor_v2, arguments  # noqa: SLF001 - the name that the format is made of
+    def _value(self, value: object) -> bytes:
+        match value:
+            case OutTensor():
+                return self._tensor(value)
+            case bool() | None:
+                return {True: b"\x88", False: b"\x89", None: b"N"}[value]
+            case int():
+                return _int(value)
+            case float():
+                return b"G" + struct.pack(">d", value)
+            case str():
+                text = value.encode()
+                return b"X" + struct.pack("<I", len(text)) + text
+            case dict():
+                items = b"".join(self._value(key) + self._value(item) for key, item in value.items())
+                return b"}" + _MARK + items + b"u"
+        raise TypeError(f"{type(value).__name__} is not written to a .pt file")
+
+    def _tensor(self, tensor: OutTensor) -> bytes:
+        """_rebuild_tensor_v2(storage, offset, shape, stride, requires_grad, OrderedDict())"""
+        key = str(len(self.tensors))
+        self.tensors.append(tensor)
+        count = tensor.size_bytes // ITEM_SIZE[tensor.dtype]
+        storage_type = f"ctorch\n{_STORAGE[tensor.dtype]}\n".encode()
+        text = self._value
+        storage = _MARK + text("storage") + storage_type + text(key) + text("cpu") + _int(count) + b"tQ"
+        strides = itertools.accumulate(reversed(tensor.shape[1:]), lambda a, b: a * b, initial=1)
+        stride = tuple(strides)[::-1] if tensor.shape else ()
+        hooks = b"ccollections\nOrderedDict\n)R"
+        return _REBUILD + _MARK + storage + _int(0) + _ints(tensor.shape) + _ints(stride) + b"\x89" + hooks + b"tR"
+
+
+def _int(value: int) -> bytes:
+    if -(1 << 31) <= value < 1 << 31:
+        return b"J" + struct.pack("<i", value)
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+def _ints(values: Shape) -> bytes:
+    return _MARK + b"".join(map(_int, values)) + b"t"
 
 
 def _entry(out: HashingWriter, name: str, size: int) -> zipfile.ZipInfo:

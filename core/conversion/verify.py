@@ -9,6 +9,7 @@ import numpy as np
 
 from core.conversion.apply import (
     ITEM_SIZE,
+    RELEASE_BYTES,
     WeightSource,
     assemble,
     cast,
@@ -17,10 +18,19 @@ from core.conversion.apply import (
     row_steps,
     whole_tensor,
 )
-from core.errors import UnknownWeights
+from core.conversion.hf import HFWeights
+from core.conversion.mm import MMWeights
+from core.conversion.writing import Quiet, SharedWatch, in_threads
+from core.errors import AppError, UnknownWeights
 from core.models.hf_folder import listed
 from core.models.layout import Block, TensorLayout
 from core.models.mapping import Shape, width
+
+
+class VerificationFailed(AppError):
+    """What was read back is not what was written."""
+
+    code, status = "verification_failed", 500
 
 
 def check_complete(layouts: Mapping[str, TensorLayout]) -> None:
@@ -63,20 +73,44 @@ def _tiles(ranges: Iterable[tuple[int, int]], size: int) -> bool:
     return position == size
 
 
-def differing(shapes: Mapping[str, Shape], first: WeightSource, second: WeightSource) -> list[str]:
+def check_equal(
+    shapes: Mapping[str, Shape], first: WeightSource, second: MMWeights | HFWeights, watch: SharedWatch
+) -> None:
+    """Raise VerificationFailed unless `second`, just written, has every weight of `first` (cast to its type), and equal replicas."""
+    second.from_disk()
+    different = second.differing_replicas() if isinstance(second, MMWeights) else ([], [])
+    names = [*different[0], *different[1], *differing(shapes, first, second, watch)]
+    if names:
+        raise VerificationFailed(f"what was written is not what was read: {listed(names)}", hint="is the disk sound?")
+
+
+def differing(
+    shapes: Mapping[str, Shape], first: WeightSource, second: WeightSource, watch: SharedWatch | None = None
+) -> list[str]:
     """HF names whose values differ between two sources, after casting the first to the second's type."""
-    return [name for name, shape in shapes.items() if not _equal(whole_tensor(name, shape), first, second)]
+    watch = watch or SharedWatch(Quiet())
+    equal = in_threads(
+        lambda name: (name, _equal(whole_tensor(name, shapes[name]), first, second, watch)), list(shapes), watch
+    )
+    found = {name for name, same in equal if not same}
+    return [name for name in shapes if name in found]
 
 
-def _equal(layout: TensorLayout, first: WeightSource, second: WeightSource) -> bool:
+def _equal(layout: TensorLayout, first: WeightSource, second: WeightSource, watch: SharedWatch) -> bool:
     stored, wanted = layout_dtype(layout, first), layout_dtype(layout, second)
-    assert stored is not None and wanted is not None, "one tensor has one type"
-    columns = width(layout.shape)
+    assert stored is not None, "one weight has one type"
+    assert wanted is not None, "one weight has one type"
+    columns, unreleased = width(layout.shape), 0
     mine, other = layout_parts(layout, first), layout_parts(layout, second)
     for start, stop in row_steps(0, layout.shape[0], 4 * columns):
-        chunk = assemble(mine, start, stop, columns * ITEM_SIZE[stored])
-        if not np.array_equal(cast(chunk, stored, wanted), assemble(other, start, stop, columns * ITEM_SIZE[wanted])):
+        wants = assemble(mine, start, stop, columns * ITEM_SIZE[stored])
+        found = assemble(other, start, stop, columns * ITEM_SIZE[wanted])
+        if not np.array_equal(cast(wants, stored, wanted), found):
             return False
-    first.release()
-    second.release()
+        watch.advance(found.nbytes)
+        unreleased += found.nbytes
+        if unreleased >= RELEASE_BYTES or stop == layout.shape[0]:
+            first.release()
+            second.release()
+            unreleased = 0
     return True

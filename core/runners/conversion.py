@@ -1,22 +1,28 @@
-"""Runs a conversion job: opens the inputs, checks the disk, converts into a new artifact."""
+"""Runs a conversion job: opens the inputs, checks the disk, converts, and publishes the result as an artifact."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
-from core.conversion.convert import hf_to_mm, mm_to_hf, reshard
+import core
+from core.conversion.convert import Written, hf_to_mm, mm_to_hf, reshard
+from core.conversion.journal import Journal
 from core.errors import DiskFull, IncompatiblePlan, InvalidSpec
 from core.models.hf_folder import inspect_hf_folder, read_config
 from core.models.mm_folder import MMFolder, inspect_mm_folder
 from core.models.qwen2_5_vl.family import Config
 from core.models.registry import detect
 from core.runners.context import InputArtifact, RunContext, Stopped
+from core.specs.base import DType
 from core.specs.conversion import ConversionSpec
 from core.specs.parallel import ParallelSpec
+from core.storage.manifest import walk_files
 
 PROGRESS_INTERVAL_S = 0.5
 SPARE_BYTES = 64 << 20
@@ -24,69 +30,117 @@ SPARE_BYTES = 64 << 20
 
 
 def run(ctx: RunContext, spec: ConversionSpec) -> None:
-    """Convert `source`; the artifact is named `checkpoint` (mm_checkpoint) or `model` (hf_model)."""
-    if spec.operation == "mm_to_hf":
-        _to_hf(ctx, spec)
-    else:
-        _to_mm(ctx, spec)
+    """Convert `source`; the artifact is named `checkpoint` (mm_checkpoint) or `model` (hf_model).
 
-
-def _to_mm(ctx: RunContext, spec: ConversionSpec) -> None:
-    assert spec.parallel is not None, "the spec requires it with both operations"
-    options: _MMOptions = {"canonical": spec.canonical, "dtype": spec.dtype, "allow_roots": ctx.allow_roots}
-    output = ctx.new_artifact("checkpoint", "mm_checkpoint")
-    watch = _Watch(ctx, output.path)
+    What is finished when the process is killed or told to stop stays in the job's folder for its next attempt.
+    """
+    journal = Journal.open(ctx.job_dir / "conversion", ctx.attempt, plan=_plan_digest(ctx))
+    if journal.finished:
+        ctx.log.info("going on after an earlier attempt: %d files are finished", len(journal.finished))
     try:
-        if spec.operation == "hf_to_mm":
-            folder = inspect_hf_folder(ctx.inputs["source"].path)
-            ctx.log.info("%s: %d tensors, %d bytes", folder.path, len(folder.tensors), folder.total_bytes)
-            written = hf_to_mm(folder, output.path, spec.parallel, watch=watch, **options)
-        else:
-            mm = _open_mm(ctx, spec)
-            layouts = (mm.parallel, output.path, spec.parallel)
-            written = reshard(mm.folder, mm.config, *layouts, hf_files=mm.hf_files, watch=watch, **options)
-        config_json = read_config(output.path / "hf")
-        metadata = {
-            "family": detect(config_json).name,
-            "config": config_json,
-            "parallel": spec.parallel.model_dump(mode="json"),
-            "canonical": spec.canonical,
-            "dtype": written.dtypes[0] if len(written.dtypes) == 1 else None,
-            "iteration": None,
-        }
-        output.commit(metadata, digests=written.digests)
+        made = _to_hf(ctx, spec, journal) if spec.operation == "mm_to_hf" else _to_mm(ctx, spec, journal)
+        output = ctx.new_artifact(made.name, made.kind)
+        try:
+            journal.hand_over(output.path)
+            output.commit(made.metadata, digests=made.digests)
+        except BaseException:
+            output.abort()
+            raise
+    except Stopped:
+        raise
     except BaseException:
-        output.abort()
+        journal.discard()
         raise
 
 
-def _to_hf(ctx: RunContext, spec: ConversionSpec) -> None:
-    mm = _open_mm(ctx, spec)
-    output = ctx.new_artifact("model", "hf_model")
-    try:
-        written = mm_to_hf(
+@dataclass(frozen=True)
+class _Made:
+    """What the artifact will be."""
+
+    name: str
+    kind: str
+    metadata: dict[str, Any]
+    digests: dict[str, str]
+
+
+def _to_mm(ctx: RunContext, spec: ConversionSpec, journal: Journal) -> _Made:
+    assert spec.parallel is not None, "the spec requires it with both operations"
+    target, watch = journal.target, _Watch(ctx, journal.target)
+    options: _Options = {"dtype": spec.dtype, "allow_roots": ctx.allow_roots, "verify": spec.verify}
+    if spec.operation == "hf_to_mm":
+        folder = inspect_hf_folder(ctx.inputs["source"].path)
+        ctx.log.info("%s: %d tensors, %d bytes", folder.path, len(folder.tensors), folder.total_bytes)
+        written = hf_to_mm(
+            folder, target, spec.parallel, canonical=spec.canonical, watch=watch, journal=journal, **options
+        )
+    else:
+        mm = _open_mm(ctx, spec)
+        written = reshard(
             mm.folder,
             mm.config,
             mm.parallel,
-            output.path,
+            target,
+            spec.parallel,
             hf_files=mm.hf_files,
-            dtype=spec.dtype,
-            max_shard_bytes=spec.max_shard_bytes,
-            allow_roots=ctx.allow_roots,
-            watch=_Watch(ctx, output.path),
+            canonical=spec.canonical,
+            watch=watch,
+            journal=journal,
+            **options,
         )
-        result = inspect_hf_folder(output.path)
-        ctx.log.info("checked: %d tensors, %d bytes", len(result.tensors), result.total_bytes)
-        output.commit(result.metadata, digests=written.digests)
-    except BaseException:
-        output.abort()
-        raise
+    config_json = read_config(target / "hf")
+    metadata = {
+        "family": detect(config_json).name,
+        "config": config_json,
+        "parallel": spec.parallel.model_dump(mode="json"),
+        "canonical": spec.canonical,
+        "dtype": written.dtypes[0] if len(written.dtypes) == 1 else None,
+        "iteration": None,
+    }
+    return _Made("checkpoint", "mm_checkpoint", metadata | _verified(ctx, spec, written), written.digests)
 
 
-class _MMOptions(TypedDict):
-    canonical: bool
-    dtype: str | None
+def _to_hf(ctx: RunContext, spec: ConversionSpec, journal: Journal) -> _Made:
+    mm = _open_mm(ctx, spec)
+    options: _Options = {"dtype": spec.dtype, "allow_roots": ctx.allow_roots, "verify": spec.verify}
+    written = mm_to_hf(
+        mm.folder,
+        mm.config,
+        mm.parallel,
+        journal.target,
+        hf_files=mm.hf_files,
+        max_shard_bytes=spec.max_shard_bytes,
+        watch=_Watch(ctx, journal.target),
+        journal=journal,
+        **options,
+    )
+    result = inspect_hf_folder(journal.target)
+    ctx.log.info("checked: %d tensors, %d bytes", len(result.tensors), result.total_bytes)
+    return _Made("model", "hf_model", result.metadata | _verified(ctx, spec, written), written.digests)
+
+
+def _verified(ctx: RunContext, spec: ConversionSpec, written: Written) -> dict[str, Any]:
+    """What the artifact's metadata says of the verification, which has raised if anything differed."""
+    if not spec.verify:
+        return {}
+    ctx.log.info("verified: %d tensors were read back from the disk and equal their sources", written.num_tensors)
+    return {"verified": True}
+
+
+def _plan_digest(ctx: RunContext) -> str:
+    """Changes when the files of an earlier attempt may not be those that this one would make."""
+    sources = [
+        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        for _, item in sorted(ctx.inputs.items())
+        for _, file in walk_files(item.path)
+    ]
+    plan = [core.__version__, ctx.spec.model_dump(mode="json"), sources]
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+class _Options(TypedDict):
+    dtype: DType | None
     allow_roots: tuple[Path, ...]
+    verify: bool
 
 
 @dataclass(frozen=True)
@@ -140,11 +194,11 @@ class _Watch:
         self._total = self._done = 0
         self._told_at = 0.0
 
-    def begin(self, total_bytes: int) -> None:
+    def begin(self, total_bytes: int, *, to_write: int) -> None:
         """Check the free space."""
         free = shutil.disk_usage(self._target).free
-        if total_bytes + SPARE_BYTES > free:
-            raise DiskFull(f"the conversion writes {total_bytes + SPARE_BYTES} bytes, but {free} are free")
+        if to_write + SPARE_BYTES > free:
+            raise DiskFull(f"the conversion writes {to_write + SPARE_BYTES} bytes, but {free} are free")
         self._total = total_bytes
         self._tell()
 

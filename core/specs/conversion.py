@@ -28,6 +28,9 @@ class ConversionSpec(JobInputs):
     max_shard_bytes: int | None = Field(
         None, ge=1 << 16, description="mm_to_hf: largest safetensors file; the source's own shards if absent."
     )
+    verify: bool = Field(
+        False, description="Read the output back from the disk and compare every weight with its source."
+    )
 
     @model_validator(mode="after")
     def _fields_of_the_operation(self) -> ConversionSpec:

@@ -1,9 +1,9 @@
 """`make bench-conversion`: the three conversions as whole jobs against `cp -r` of the same bytes, in one run.
 
 The model is a slice of Qwen2.5-VL 7B: its real layer shapes, four layers of each tower, a vocabulary of 32,000, bfloat16; 2.57 GB.
-Each operation is a job's process as the worker starts it, from interpreter start to the published artifact: reading, permuting, SHA-256 of every
-file, sync to disk, rename. Sources are in the page cache, for `cp` too. `--layers` and `--vocab` make larger models; `--zeros` writes their
-values as holes of a sparse file.
+Each operation is a job's process as the worker starts it, from interpreter start to the published artifact: reading, permuting,
+SHA-256 of every file, sync to disk, rename. Sources are in the page cache, for `cp` too. `--layers` and `--vocab` make larger models;
+`--zeros` writes their values as holes of a sparse file. CPU seconds tell what an operation costs on a machine that is busy otherwise.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import shutil
 import statistics
 import struct
@@ -102,7 +103,8 @@ class Measure:
     name: str
     size_bytes: int
     seconds: list[float]
-    peak_bytes: int | None = None
+    peak_bytes: int
+    cpu_s: float
 
     @property
     def wall_s(self) -> float:
@@ -128,7 +130,9 @@ class Bench:
             lambda: _size_and_remove(target),
         )
 
-    def convert(self, name: str, spec: dict[str, Any], **inputs: tuple[Path, str, dict[str, Any]]) -> tuple[Measure, Manifest]:
+    def convert(
+        self, name: str, spec: dict[str, Any], **inputs: tuple[Path, str, dict[str, Any]]
+    ) -> tuple[Measure, Manifest]:
         """A conversion job; the last run's artifact is kept."""
         made: list[Manifest] = []
 
@@ -137,12 +141,12 @@ class Bench:
                 self.store.delete(made.pop(0).id)
             return made[-1].size_bytes
 
-        def run() -> int:
+        def run() -> resource.struct_rusage:
             attempt = self._attempt(spec, inputs)
-            peak = _run([sys.executable, "-m", "core.runners", str(attempt)])
+            usage = _run([sys.executable, "-m", "core.runners", str(attempt)])
             events = [json.loads(line) for line in (attempt / "events.jsonl").read_text().splitlines()]
             made.append(self.store.manifest(next(event["artifact_id"] for event in events if "artifact_id" in event)))
-            return peak
+            return usage
 
         return self._measure(name, run, clean_up), made[-1]
 
@@ -167,19 +171,21 @@ class Bench:
         (attempt / "job.json").write_text(json.dumps(job))
         return attempt
 
-    def _measure(self, name: str, run: Callable[[], int], clean_up: Callable[[], int]) -> Measure:
-        seconds, peak, size = [], 0, 0
+    def _measure(self, name: str, run: Callable[[], resource.struct_rusage], clean_up: Callable[[], int]) -> Measure:
+        seconds, cpu, peak, size = [], [], 0, 0
         for _ in range(self.repeat):
             os.sync()
             begun = time.monotonic()
-            peak = max(peak, run())
+            usage = run()
             seconds.append(time.monotonic() - begun)
+            cpu.append(usage.ru_utime + usage.ru_stime)
+            peak = max(peak, usage.ru_maxrss * 1024)
             size = clean_up()
-        return Measure(name, size, seconds, peak)
+        return Measure(name, size, seconds, peak, statistics.median(cpu))
 
 
-def _run(command: list[str]) -> int:
-    """Run to the end; return the peak resident set in bytes."""
+def _run(command: list[str]) -> resource.struct_rusage:
+    """Run to the end; return what it used."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     said = process.stdout.read()
@@ -188,7 +194,7 @@ def _run(command: list[str]) -> int:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{said}")
-    return usage.ru_maxrss * 1024
+    return usage
 
 
 def _size_and_remove(folder: Path) -> int:
@@ -223,7 +229,9 @@ def measure(root: Path, options: argparse.Namespace) -> list[Measure]:
     rows.append(row)
     _check_equal(source, bench.store.files_dir(back.id))
     bench.store.delete(back.id)
-    row, _ = bench.convert("reshard, tp 2 pp 2 to tp 1 pp 2", {"operation": "reshard", "parallel": second}, source=checkpoint)
+    row, _ = bench.convert(
+        "reshard, tp 2 pp 2 to tp 1 pp 2", {"operation": "reshard", "parallel": second}, source=checkpoint
+    )
     return [*rows, row]
 
 
@@ -236,15 +244,19 @@ def table(rows: list[Measure]) -> str:
     """Markdown."""
     copy, synced = rows[0].wall_s, rows[1].wall_s
     lines = [
-        "| operation | wall, s | GB/s | peak RSS, MiB | ratio to `cp -r` | to `cp -r` and sync | limit 1.3 cp + 3 s |",
-        "|---|---|---|---|---|---|---|",
+        "| operation | wall, s | CPU, s | GB/s | peak RSS, MiB | ratio to `cp -r` | to `cp -r` and sync | limit 1.3 cp + 3 s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         wall = row.wall_s
-        limit = "" if row.name.startswith("cp") else ("held" if wall <= 1.3 * copy + 3 else "MISSED") + f" ({1.3 * copy + 3:.1f})"
+        limit = (
+            ""
+            if row.name.startswith("cp")
+            else ("held" if wall <= 1.3 * copy + 3 else "MISSED") + f" ({1.3 * copy + 3:.1f})"
+        )
         peak = "" if row.name.startswith("cp") else f"{row.peak_bytes / 2**20:.0f}"
         lines.append(
-            f"| {row.name} | {wall:.2f} | {row.size_bytes / wall / 1e9:.2f} | {peak} | {wall / copy:.2f} | {wall / synced:.2f} | {limit} |"
+            f"| {row.name} | {wall:.2f} | {row.cpu_s:.2f} | {row.size_bytes / wall / 1e9:.2f} | {peak} | {wall / copy:.2f} | {wall / synced:.2f} | {limit} |"
         )
     return "\n".join(lines)
 
@@ -260,7 +272,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="temper-bench-") as folder:
         rows = measure(Path(folder), options)
-    print(f"{rows[0].size_bytes / 1e9:.2f} GB, {os.cpu_count()} CPU cores, medians of {options.repeat}\n\n{table(rows)}")
+    print(
+        f"{rows[0].size_bytes / 1e9:.2f} GB, {os.cpu_count()} CPU cores, medians of {options.repeat}\n\n{table(rows)}"
+    )
     for row in rows:
         print(f"  {row.name}: {', '.join(f'{value:.2f}' for value in row.seconds)}")
 

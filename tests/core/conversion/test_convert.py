@@ -13,11 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.conversion.convert import Quiet, hf_to_mm, mm_to_hf, reshard
+from core.conversion.convert import hf_to_mm, mm_to_hf, reshard
 from core.conversion.hf import HFWeights
 from core.conversion.mm import MMWeights
 from core.conversion.pt import from_torch, write_pt
 from core.conversion.verify import differing
+from core.conversion.writing import Quiet
 from core.errors import AppError, Conflict, CorruptCheckpoint, IncompatiblePlan, InvalidModel, UnknownWeights
 from core.models.hf_folder import HFFolder, inspect_hf_folder
 from core.models.layout import hf_shapes
@@ -240,7 +241,7 @@ class TestOptions:
         class Counting(Quiet):
             total = done = files = 0
 
-            def begin(self, total_bytes: int) -> None:
+            def begin(self, total_bytes: int, *, to_write: int) -> None:
                 self.total = total_bytes
 
             def advance(self, num_bytes: int) -> None:

@@ -89,7 +89,7 @@ class TestReading:
         args = argparse.Namespace(lr=1e-5, dtype=torch.bfloat16)
         torch.save({"args": args, "rng": np.random.get_state(), "iteration": 7}, tmp_path / "x.pt")
         tree = read_pt(tmp_path / "x.pt")
-        assert tree["args"] == args
+        assert tree["args"] == argparse.Namespace(lr=1e-5, dtype="torch.bfloat16")
         assert tree["iteration"] == 7
 
     def test_a_view_that_is_not_contiguous(self, tmp_path: Path) -> None:
