@@ -40,6 +40,8 @@ class Options:
     freeze_vision: bool = True
     recompute: str = "none"
     threads: int = 2
+    every_position: bool = False
+    """Of `bare`: have the last layer compute positions without a target too, as the peers do."""
 
 
 def temper(folder: Path, options: Options, turns: Turns) -> None:
@@ -118,11 +120,12 @@ def bare(folder: Path, options: Options, turns: Turns) -> None:
         loss, num_targets = 0.0, 0
         for batch in prepared[step % len(prepared)]:
             positions_N = target_positions(batch.targets_T)
-            hidden_NH = model(batch, rows_N=positions_N)
-            result = loss_and_gradient(
-                hidden_NH, batch.targets_T[positions_N], torch.arange(len(positions_N)), model.logits
-            )
-            hidden_NH.backward(result.gradient_TH)
+            targets, asked = batch.targets_T, positions_N
+            if not options.every_position:
+                targets, asked = targets[positions_N], torch.arange(len(positions_N))
+            hidden = model(batch, rows_N=None if options.every_position else positions_N)
+            result = loss_and_gradient(hidden, targets, asked, model.logits)
+            hidden.backward(result.gradient_TH)
             loss += float(result.loss_sum)
             num_targets += result.num_targets
         optimizer.step(learning_rate=LEARNING_RATE, num_targets=num_targets, squared_norm=optimizer.squared_norm())

@@ -81,10 +81,11 @@ class Runner:
             **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1", CHANNEL: f"{turn_read},{report_write}", **environment,
         }  # fmt: skip
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=variables, stdout=log.open("wb"), stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, pass_fds=(turn_read, report_write), start_new_session=True,
-        )  # fmt: skip
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=variables, stdout=output, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, pass_fds=(turn_read, report_write), start_new_session=True,
+            )  # fmt: skip
         os.close(turn_read)
         os.close(report_write)
         runner = cls(name, process, os.fdopen(report_read, "r"), os.fdopen(turn_write, "w"), log)

@@ -62,10 +62,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
 class TestAgainstPeers:
     def test_equal_rows(self, start: Start, tmp_path: Path) -> None:
         """(a) Real width, 512-token rows, vision frozen. No row is padded by anybody: what is measured is the computation."""
-        steps, batch = GATE_STEPS, 2
+        steps, batch = GATE_STEPS, 1
         write_model(tmp_path, SLICE_3B)
         write_dataset(tmp_path, equal_rows(tmp_path, count=steps * batch))
-        options = Options(global_batch_size=batch, micro_batch_size=2)
+        options = Options(global_batch_size=batch)
         runners = [start(engine, tmp_path, options) for engine in ("temper", "hf", "trl")]
         take_turns(runners, rounds=steps - 2)
         show(
@@ -133,6 +133,20 @@ class TestEngine:
         cpu, _, _ = ratio(bare.cpu_s, engine.cpu_s)
         print(f"\n(d) bare loop / engine: {share:.1%} ({low:.1%} to {high:.1%}), by CPU time {cpu:.1%}; {machine()}")
         check_losses([bare, engine])
+
+    def test_last_layer(self, start: Start, tmp_path: Path) -> None:
+        """How much of (a) comes from the last layer, which computes only what targets need: half of two layers here, 1/36 of 36."""
+        write_model(tmp_path, SLICE_3B)
+        write_dataset(tmp_path, equal_rows(tmp_path, count=5))
+        trimmed = start("bare", tmp_path, Options(1))
+        whole = start("bare", tmp_path, Options(1, every_position=True), name="every position")
+        take_turns([trimmed, whole], rounds=4, warmup=1)
+        gain, low, high = ratio(whole.wall_s, trimmed.wall_s)
+        cpu, _, _ = ratio(whole.cpu_s, trimmed.cpu_s)
+        print(
+            f"\nlast layer for targets only, as (a): faster by {gain:.2f} ({low:.2f}-{high:.2f}), by CPU time {cpu:.2f}; {machine()}"
+        )
+        check_losses([trimmed, whole])
 
     def test_digits_on_two_processes(self, tmp_path: Path) -> None:
         """The demo's training, a model of half a million weights: what is measured is everything but arithmetic."""
