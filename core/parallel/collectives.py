@@ -1,17 +1,18 @@
-"""Collectives over tensor-parallel ranks as autograd functions: each goes one way forward and its transpose backward.
+"""Collectives over tensor-parallel ranks. As autograd functions each goes one way forward and its transpose backward:
 
                       forward                               backward
-    copy              nothing                               sum over ranks
     reduce            sum over ranks                        nothing
-    gather            all ranks' rows, end to end           sum over ranks, each keeps its rows
-    scatter           each keeps its rows                   all ranks' rows, end to end
     reduce_scatter    sum over ranks, each keeps its rows   all ranks' rows, end to end
+    scatter           each keeps its rows                   all ranks' rows, end to end
 
-Rows are dealt out in equal runs. Nothing is sent for an empty tensor: the ranks of a group work on the same batch, so all of them know.
+(The other two, nothing with a sum backward and all rows with a sum of rows backward, are a part of `tensor.SplitOutputLinear`, which has
+something to compute meanwhile.) Rows are dealt out in equal runs. Nothing is sent for an empty tensor: the ranks of a group work on the
+same batch, so all of them know.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,26 +25,14 @@ _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def copy(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Enter a part of the computation in which each rank works on columns of its own."""
-    out: Tensor = _Copy.apply(x, group)
-    return out
-
-
 def reduce(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Leave such a part: sum what the ranks have. `x` itself becomes the sum."""
+    """Leave a part of the computation in which each rank has columns of its own: sum. `x` itself becomes the sum."""
     out: Tensor = _Reduce.apply(x, group)
     return out
 
 
-def gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Enter such a part from one in which each rank has rows of its own."""
-    out: Tensor = _Gather.apply(x, group)
-    return out
-
-
 def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Leave such a part for one in which each rank has rows of its own."""
+    """Leave such a part for one in which each rank has rows of its own: sum, keep them."""
     out: Tensor = _ReduceScatter.apply(x, group)
     return out
 
@@ -54,27 +43,50 @@ def scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     return out
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A tensor that a collective is filling."""
+
+    tensor: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """Return the tensor once it is there."""
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
+
+
+def start_sum(x: Tensor, group: ProcessGroup) -> Pending:
+    """Begin to sum over the ranks, in place; `x` must be contiguous."""
+    return Pending(x, dist.all_reduce(x, op=dist.ReduceOp.SUM, group=group, async_op=True) if x.numel() else None)
+
+
+def start_gather_rows(x: Tensor, group: ProcessGroup) -> Pending:
+    """Begin to collect all ranks' rows, end to end."""
+    out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+    return Pending(out, _ALL_GATHER(out, x.contiguous(), group=group, async_op=True) if out.numel() else None)
+
+
+def start_reduce_scatter_rows(x: Tensor, group: ProcessGroup) -> Pending:
+    """Begin to collect this rank's rows of the sum over the ranks."""
+    out = x.new_empty(_rows_per_rank(x, group), *x.shape[1:])
+    return Pending(out, _REDUCE_SCATTER(out, x.contiguous(), group=group, async_op=True) if out.numel() else None)
+
+
 def sum_over(x: Tensor, group: ProcessGroup) -> Tensor:
     """Sum over the ranks, in place; `x` must be contiguous."""
-    if x.numel():
-        dist.all_reduce(x, op=dist.ReduceOp.SUM, group=group)
-    return x
+    return start_sum(x, group).wait()
 
 
 def gather_rows(x: Tensor, group: ProcessGroup) -> Tensor:
     """Return all ranks' rows, end to end."""
-    out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    if out.numel():
-        _ALL_GATHER(out, x.contiguous(), group=group)
-    return out
+    return start_gather_rows(x, group).wait()
 
 
 def reduce_scatter_rows(x: Tensor, group: ProcessGroup) -> Tensor:
     """Return this rank's rows of the sum over the ranks."""
-    out = x.new_empty(_rows_per_rank(x, group), *x.shape[1:])
-    if out.numel():
-        _REDUCE_SCATTER(out, x.contiguous(), group=group)
-    return out
+    return start_reduce_scatter_rows(x, group).wait()
 
 
 def own_rows(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -88,17 +100,6 @@ def _rows_per_rank(x: Tensor, group: ProcessGroup) -> int:
     return x.shape[0] // group.size()
 
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return sum_over(gradient.clone(memory_format=torch.contiguous_format), ctx.group), None
-
-
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
@@ -108,17 +109,6 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return gather_rows(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter_rows(gradient, ctx.group), None
 
 
 class _ReduceScatter(torch.autograd.Function):

@@ -14,14 +14,25 @@ from __future__ import annotations
 
 import re
 from enum import IntEnum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from core.models.plan import Column, Plan, Replicate, ShardRule
-from core.parallel.collectives import copy, gather, reduce, reduce_scatter, scatter
+from core.parallel.collectives import (
+    Pending,
+    gather_rows,
+    reduce,
+    reduce_scatter,
+    scatter,
+    start_gather_rows,
+    start_reduce_scatter_rows,
+    start_sum,
+)
 from core.parallel.mesh import Mesh
 
 SEQUENCE_PARALLEL = "text_decoder.decoder."
@@ -96,11 +107,12 @@ class SplitOutputLinear(nn.Module):
         super().__init__()
         self.weight = _slice(whole.weight, rule, group)
         self.bias = None if whole.bias is None else _slice(whole.bias, rule, group)
-        self.enter = gather if sequence else copy
         self.group = group
+        self.sequence = sequence
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.enter(x, self.group), self.weight, self.bias)
+        out: Tensor = _SplitOutput.apply(x, self.weight, self.bias, self.group, self.sequence)
+        return out
 
 
 class SplitInputLinear(nn.Module):
@@ -132,6 +144,40 @@ class SplitEmbedding(nn.Module):
         elsewhere_T = (local_T < 0) | (local_T >= count)
         rows_TH = F.embedding(local_T.masked_fill(elsewhere_T, 0), self.weight)
         return reduce(rows_TH.masked_fill(elsewhere_T[:, None], 0), self.group)
+
+
+class _SplitOutput(torch.autograd.Function):
+    """F.linear behind `copy` or `gather`, whose messages of the backward pass travel while the weight's gradient is computed.
+
+    Of a gathered input only this rank's rows are kept; the others come again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup, sequence: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.group, ctx.sequence = weight, group, sequence  # the parameter itself, for its .grad
+        return F.linear(gather_rows(x, group) if sequence else x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        (x,) = ctx.saved_tensors
+        weight, group = ctx.weight, ctx.group
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        arriving = start_gather_rows(x, group) if ctx.sequence and wants_weight else Pending(x, None)
+        leaving = None
+        if wants_x:
+            addend = gradient.matmul(weight)
+            leaving = start_reduce_scatter_rows(addend, group) if ctx.sequence else start_sum(addend, group)
+        d_weight = None
+        if wants_weight and getattr(weight, "accumulates", False):  # see core.models.layers.linear
+            weight.grad.addmm_(gradient.t(), arriving.wait())
+        elif wants_weight:
+            d_weight = gradient.t().matmul(arriving.wait())
+        d_bias = gradient.sum(0) if wants_bias else None
+        return None if leaving is None else leaving.wait(), d_weight, d_bias, None, None
 
 
 def _slice(whole: Tensor, rule: ShardRule, group: ProcessGroup) -> nn.Parameter:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from core.models.plan import Replicate, stages
+from core.models.plan import Replicate, Row, stages
 from core.models.qwen2_5_vl.family import PLAN
 from core.parallel.mesh import Mesh, build_mesh
-from core.parallel.tensor import Held, cut, held, pattern, shard
+from core.parallel.tensor import Held, SplitOutputLinear, cut, held, pattern, shard
 from core.specs.parallel import ParallelSpec
 from tests.core.training.tiny import stage_model, tiny_config, whole_model
 from tests.distributed import run
@@ -58,6 +58,30 @@ class TestShard:
         assert run(_unknown_layer, 2) == ["no layer for odd, a Odd cut by Row(dim='x')"] * 2
 
 
+class TestSplitOutputLinear:
+    @pytest.mark.parametrize("sequence", [False, True])
+    def test_keeps_no_more_than_its_own_rows(self, sequence: bool) -> None:
+        for kept, rows in run(_kept, 2, sequence):
+            assert kept == [rows]
+
+
+def _kept(rank: int, sequence: bool) -> tuple[list[int], int]:
+    group = build_mesh(pp_size=1, dp_size=1, tp_size=2).tp_group
+    assert group is not None
+    layer = SplitOutputLinear(nn.Linear(6, 8), Row("x"), group, sequence=sequence)
+    kept = []
+    x = torch.randn(4, 6, requires_grad=True)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.ndim == 2 and tensor is not layer.weight:
+            kept.append(len(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return kept, len(x)
+
+
 def _slices(rank: int) -> dict[str, torch.Tensor]:
     model = whole_model(tiny_config())
     shard(model, PLAN, build_mesh(pp_size=1, dp_size=1, tp_size=2))
@@ -84,8 +108,6 @@ class Odd(nn.Module):
 
 
 def _unknown_layer(rank: int) -> str:
-    from core.models.plan import Row
-
     try:
         shard(nn.ModuleDict({"odd": Odd()}), {"odd.weight": Row("x")}, build_mesh(pp_size=1, dp_size=1, tp_size=2))
     except AssertionError as error:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.training.loss import loss_and_gradient, loss_sum, target_positions
+from tests.distributed import run
 
 HIDDEN, VOCAB, TOKENS = 8, 30, 20
 
@@ -85,3 +87,24 @@ class TestLossSum:
         torch.testing.assert_close(loss, F.cross_entropy(head(hidden_TH), targets_T, reduction="sum").detach())
         assert num_targets == int((targets_T != -100).sum())
         assert head.weight.grad is None
+
+
+class TestSplitVocabulary:
+    def test_parts_of_the_vocabulary_give_the_same_loss_and_gradients(self) -> None:
+        hidden_TH, targets_T, head = inputs()
+        whole = loss_and_gradient(hidden_TH, targets_T, target_positions(targets_T), head)
+        first, second = run(_on_half, 2)
+        for loss, _, _ in (first, second):
+            torch.testing.assert_close(loss, whole.loss_sum)
+        torch.testing.assert_close(first[1] + second[1], whole.gradient_TH)
+        torch.testing.assert_close(torch.cat([first[2], second[2]]), head.weight.grad)
+
+
+def _on_half(rank: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    hidden_TH, targets_T, head = inputs()
+    part = nn.Linear(HIDDEN, VOCAB // 2, bias=False)
+    part.weight.data.copy_(head.weight[rank * VOCAB // 2 : (rank + 1) * VOCAB // 2])
+    result = loss_and_gradient(
+        hidden_TH, targets_T, target_positions(targets_T), part, chunk_tokens=5, tp_group=dist.group.WORLD
+    )
+    return result.loss_sum, result.gradient_TH, part.weight.grad
