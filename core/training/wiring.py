@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from core.device.base import Accelerator
@@ -84,6 +85,9 @@ def build_pipeline(
         output: Tensor = chunk(batch.to(accelerator.device), incoming, rows_N=rows_N)
         return output
 
+    if mesh.pp_group is not None:
+        # What follows is between neighbours, but NCCL and HCCL want all ranks of a group in the first call.
+        dist.all_reduce(torch.zeros(1, device=accelerator.device), group=mesh.pp_group)
     own = [partial(forward, chunk) for chunk in chunks]
     if head.targets_only and mesh.is_last_stage:
         own[-1] = partial(trimmed, chunks[-1])
