@@ -42,6 +42,34 @@ def training_spec(model: Artifact, data: Artifact, **changes: Any) -> dict[str, 
     return spec | changes
 
 
+class TestPlan:
+    def test_memory_is_told_per_pipeline_rank_with_all_its_chunks_and_one_slice_of_them(
+        self, database: Database, settings: Settings
+    ) -> None:
+        virtual = {"llm_pp_layers": [[0, 10], [9, 9]], "vit_pp_layers": [[32, 0], [0, 0]]}
+        with database.write() as session:
+            model, data = hf_7b(session), add_artifact(session, "dataset")
+
+            def parameters(**parallel: Any) -> list[int]:
+                spec = training_spec(model, data, parallel=parallel)
+                plan = service.plan(
+                    session,
+                    settings=settings,
+                    store=Store(settings.store_dir),
+                    principal=ALICE,
+                    request=request("training", spec),
+                )
+                return [rank.parameters for rank in plan.memory_per_rank]
+
+            whole = parameters(**LAYOUT_7B, nproc_per_node=2)
+            chunked = parameters(**virtual, nproc_per_node=2)
+            sliced = parameters(**{**LAYOUT_7B, "tp_size": 2}, nproc_per_node=4)
+        assert len(chunked) == 2
+        assert sum(chunked) == sum(whole)
+        for half, full in zip(sliced, whole, strict=True):
+            assert full / 2 < half < full / 2 * 1.001  # norms and some biases are held by both
+
+
 class TestRefusals:
     """Each refusal comes at submission and says what would work."""
 
