@@ -16,10 +16,10 @@ HAS_APT := $(shell command -v apt-get)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo serve test lint check bench bench-training clean
+.PHONY: help install demo serve test lint check bench bench-training bench-conversion clean
 
 help: ## Print this help.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(READY) ## Make .venv and install Temper with everything that the demo and the tests need.
 
@@ -47,6 +47,9 @@ bench: $(READY) ## Measure: API start and memory, submit latency, event latency.
 
 bench-training: $(READY) ## Measure the training engine against transformers and TRL, which go into build/bench-peers (20 minutes).
 	$(PY) -m pytest -m bench -s tests/bench/test_training.py $(ARGS)
+
+bench-conversion: $(READY) ## Measure: the three weight conversions against `cp -r`, on a slice of the 7B model.
+	$(PY) -m tests.bench.conversion $(ARGS)
 
 clean: ## Remove the virtual environment, the demo's files and caches.
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
