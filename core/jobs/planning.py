@@ -22,7 +22,7 @@ from core.jobs import repository
 from core.jobs.inspection import inspect_folder
 from core.jobs.lifecycle import JobState
 from core.jobs.principal import Principal
-from core.models.memory import training_memory
+from core.models.memory import LayerRecompute, Workload, activation_bytes, in_flight, training_memory
 from core.models.plan import Stage, stages
 from core.models.qwen2_5_vl.family import Config
 from core.models.registry import detect
@@ -30,8 +30,13 @@ from core.scheduler.placement import Need
 from core.settings import Settings
 from core.specs import ConversionSpec, DatasetSpec, EvaluationSpec, JobSpec, TrainingSpec, parse_stored_spec
 from core.specs.base import ArtifactRef, JobInputs
-from core.specs.parallel import ParallelSpec
+from core.specs.parallel import ParallelSpec, TrainingParallelSpec
+from core.specs.training import RecomputeSpec, RecomputeSpecs
 from core.storage.local import Store, resolve_allowed, resolve_inside
+
+GIB = 1 << 30
+ASSUMED_DEVICE_BYTES = 64 * GIB
+"""Of a device that does not tell its memory: an Ascend 910B."""
 
 MODEL_KINDS = ("hf_model", "mm_checkpoint")
 
@@ -60,13 +65,16 @@ class Resources(BaseModel):
 
 
 class RankMemory(BaseModel):
-    """Bytes that one rank holds for the whole run; activations come on top and are not predicted by this version."""
+    """Peak bytes of a rank by what they are for."""
 
     pipeline_rank: int
     parameters: int
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
+    activations_bytes: int = Field(description="Of the largest micro-batch, with those the pipeline has in flight.")
+    total_bytes: int
+    fits: bool = Field(description="Whether a device has room for it.")
 
 
 class PlannedInput(BaseModel):
@@ -86,6 +94,8 @@ class Plan(BaseModel):
     steps: int | None = Field(None, description="Optimizer steps of a training.")
     disk_bytes: int | None = Field(None, description="Size of what it writes, where it can be told.")
     memory_per_rank: list[RankMemory] = []
+    device_memory_bytes: int | None = Field(None, description="Memory of a device that `fits` is against.")
+    suggestions: list[str] = Field([], description="Where a rank does not fit: changes of the spec with which all do.")
     warnings: list[str] = []
 
 
@@ -311,12 +321,29 @@ class Planner:
         config = model.config
         if config is None:
             return
-        split = stages(config, spec.parallel)
-        pp_size = spec.parallel.pp_size
-        plan.memory_per_rank = [_rank_memory(spec, config, rank, split[rank::pp_size]) for rank in range(pp_size)]
+        stages(config, spec.parallel)
+        self._memory(spec, config, plan)
         if model.size_bytes is not None:
             factor = 1 + (6 if spec.checkpoint.save_optim else 0)
             plan.disk_bytes = model.size_bytes * (1 + factor * spec.checkpoint.keep_last)
+
+    def _memory(self, spec: TrainingSpec, config: Config, plan: Plan) -> None:
+        """Predict each rank's peak, and say what would fit if it does not."""
+        nodes = [node for node in self.session.scalars(select(Node)).all() if node.devices]
+        known = [size for node in nodes for device in node.devices if (size := device.get("memory_bytes"))]
+        plan.device_memory_bytes = min(known, default=ASSUMED_DEVICE_BYTES)
+        fused = not nodes or any(node.device_kind != "cpu" for node in nodes)
+        if not known:
+            plan.warnings.append("no device tells its memory; fits is against an assumed 64 GiB")
+        plan.memory_per_rank = memory_per_rank(spec, config, plan.device_memory_bytes, fused=fused)
+        if not all(rank.fits for rank in plan.memory_per_rank):
+            plan.suggestions = suggestions(spec, config, plan.device_memory_bytes, fused=fused)
+            worst = max(plan.memory_per_rank, key=lambda rank: rank.total_bytes)
+            plan.warnings.append(
+                f"pipeline rank {worst.pipeline_rank} needs about {worst.total_bytes / GIB:.1f} GiB, a device has "
+                f"{plan.device_memory_bytes / GIB:.1f} GiB: "
+                + ("; or ".join(plan.suggestions) or "nothing simple makes it fit")
+            )
 
     def _evaluation(self, spec: EvaluationSpec, subjects: Mapping[str, Subject]) -> None:
         data = subjects.get("dataset")
@@ -371,14 +398,108 @@ def refuse_unsupported(spec: TrainingSpec) -> None:
         raise UnsupportedOption("spec.lora: this version trains full weights only; leave it out")
 
 
-def _rank_memory(spec: TrainingSpec, config: Config, pp_rank: int, held: Sequence[Stage]) -> RankMemory:
+def memory_per_rank(spec: TrainingSpec, config: Config, device_bytes: int, *, fused: bool = True) -> list[RankMemory]:
+    """Predict the peak of each pipeline rank; every token of the largest micro-batch may be an image's."""
+    parallel = spec.parallel
+    split = stages(config, parallel)
+    return [
+        _rank_memory(spec, config, rank, split[rank :: parallel.pp_size], device_bytes, fused)
+        for rank in range(parallel.pp_size)
+    ]
+
+
+def suggestions(spec: TrainingSpec, config: Config, device_bytes: int, *, fused: bool = True) -> list[str]:
+    """Changes of recompute, pp and tp, the cheapest first, with which every rank fits; at most three."""
+    found: list[str] = []
+    full = RecomputeSpec(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    both = RecomputeSpecs(vision_encoder=full, text_decoder=full)
+    depth, vit_depth = config.text.num_hidden_layers, config.vision.depth
+    present = spec.parallel
+    layouts: list[tuple[str, dict[str, Any]]] = [("", {})]
+    for tp, pp in (
+        (1, 2),
+        (2, 1),
+        (1, 4),
+        (2, 2),
+        (4, 1),
+        (1, 8),
+        (2, 4),
+        (4, 2),
+        (8, 1),
+        (4, 4),
+        (8, 2),
+        (8, 4),
+        (8, 8),
+    ):
+        if pp > depth or (tp * pp) <= present.tp_size * present.pp_size:
+            continue
+        llm = [depth // pp + (1 if rank >= pp - depth % pp else 0) for rank in range(pp)]
+        vit = [vit_depth, *[0] * (pp - 1)]
+        layouts.append((f"tp_size {tp}, llm_pp_layers {[llm]}, vit_pp_layers {[vit]}",
+                        {"tp_size": tp, "llm_pp_layers": [llm], "vit_pp_layers": [vit]}))  # fmt: skip
+    for told, change in layouts:
+        for name, recompute in (("", spec.recompute), ("full recompute of both towers", both)):
+            if not told and not name:
+                continue
+            parallel = {**present.model_dump(), **change}
+            processes = parallel["tp_size"] * len(parallel["llm_pp_layers"][0])
+            parallel |= {"nproc_per_node": max(present.nproc_per_node, min(processes, 8)),
+                         "nnodes": max(present.nnodes, -(-processes // 8))}  # fmt: skip
+            try:
+                changed = spec.model_copy(
+                    update={"parallel": TrainingParallelSpec.model_validate(parallel), "recompute": recompute}
+                )
+                ranks = memory_per_rank(changed, config, device_bytes, fused=fused)
+            except (AppError, ValueError):
+                continue  # this model or these hosts do not divide so
+            if all(rank.fits for rank in ranks):
+                found.append(" with ".join(part for part in (told, name) if part))
+                break
+        if len(found) == 3:
+            break
+    return found
+
+
+def _rank_memory(
+    spec: TrainingSpec, config: Config, pp_rank: int, held: Sequence[Stage], device_bytes: int, fused: bool
+) -> RankMemory:
     frozen = {name for name, value in spec.freeze if value}
+    parallel, tokens = spec.parallel, spec.micro_batch_size * spec.seq_length
     estimates = [
-        training_memory(config, stage, frozen=frozen, precision=spec.precision, tp_size=spec.parallel.tp_size)
+        training_memory(config, stage, frozen=frozen, precision=spec.precision, tp_size=parallel.tp_size)
         for stage in held
     ]
+    work = Workload(
+        tokens,
+        tokens * config.vision.spatial_merge_size**2,
+        num_in_flight=in_flight(pp_rank, parallel.pp_size, len(held)),
+        has_fused_attention=fused,
+    )
+    activations = sum(
+        activation_bytes(
+            config,
+            stage,
+            work,
+            frozen=frozen,
+            precision=spec.precision,
+            vision_recompute=_layer_recompute(spec.recompute.vision_encoder),
+            text_recompute=_layer_recompute(spec.recompute.text_decoder),
+            tp_size=parallel.tp_size,
+        )
+        for stage in held
+    )
+    sums = {name: sum(estimate[name] for estimate in estimates) for name in estimates[0]}
+    total = activations + sum(value for name, value in sums.items() if name.endswith("_bytes"))
     return RankMemory(
-        pipeline_rank=pp_rank, **{name: sum(estimate[name] for estimate in estimates) for name in estimates[0]}
+        pipeline_rank=pp_rank, **sums, activations_bytes=activations, total_bytes=total, fits=total <= device_bytes
+    )
+
+
+def _layer_recompute(spec: RecomputeSpec | None) -> LayerRecompute:
+    if spec is None:
+        return LayerRecompute()
+    return LayerRecompute(
+        spec.recompute_granularity, spec.recompute_method or "uniform", spec.recompute_num_layers or 1
     )
 
 

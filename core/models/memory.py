@@ -1,13 +1,23 @@
-"""What one rank holds for the whole of a training: weights, gradients, optimizer state. Arithmetic on the tables."""
+"""What one rank holds in a training: weights, gradients, optimizer state, activations. Arithmetic on the tables, without torch.
+
+Activations are what autograd keeps between forward and backward, counted from `layers/blocks.py` operation by operation: a linear layer
+keeps its input if its weight is trained, a norm and SwiGLU keep theirs, attention keeps query, key, value and output.
+`tests/bench/test_memory.py` holds the sum against measured peaks.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import Literal
 
 from core.models.mapping import Place, Rename
 from core.models.plan import Stage
 from core.models.qwen2_5_vl.family import MAPPING, PLAN, Config
+
+CHUNK_TOKENS = 1024
+"""Positions per chunk of the loss (`training/loss.py`)."""
 
 _TOWER = {
     Place.PATCH_EMBED: "vision_encoder",
@@ -48,3 +58,193 @@ def training_memory(
         "gradients_bytes": trained * 4,
         "optimizer_bytes": trained * (12 if precision == "bf16" else 8),
     }
+
+
+@dataclass(frozen=True)
+class LayerRecompute:
+    """Recompute of one tower; as `layers.recompute.RecomputePolicy`, which needs torch."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    method: Literal["uniform", "block"] = "uniform"
+    num_layers: int = 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The largest micro-batch, and how many of them a rank has between forward and backward."""
+
+    num_tokens: int
+    num_patches: int
+    num_targets: int | None = None
+    """None: every token."""
+    num_in_flight: int = 1
+    is_mixed: bool = True
+    """Samples of different lengths: the reference attention joins its outputs in one more tensor."""
+    has_fused_attention: bool = True
+    """False on a CPU, where keys and values are repeated for each query head of their group."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Bytes of a tower's part of a stage for one micro-batch."""
+
+    kept: float
+    """Between forward and backward."""
+    working: float
+    """At most on top of that while one layer is computed."""
+
+
+def in_flight(rank: int, pp_size: int, vpp_size: int = 1) -> int:
+    """Micro-batches of each chunk that a pipeline rank has between forward and backward at most: under 1F1B as many as ranks from it on."""
+    if vpp_size == 1:
+        return pp_size - rank
+    return math.ceil((2 * (pp_size - rank - 1) + (vpp_size - 1) * pp_size + 1) / vpp_size)
+
+
+def activation_bytes(
+    config: Config,
+    stage: Stage,
+    work: Workload,
+    *,
+    frozen: AbstractSet[str],
+    precision: Literal["bf16", "fp32"],
+    vision_recompute: LayerRecompute | None = None,
+    text_recompute: LayerRecompute | None = None,
+    tp_size: int = 1,
+) -> int:
+    """Peak bytes of activations of one rank of a stage, its input batch and the loss's working memory included."""
+    size = 2 if precision == "bf16" else 4
+    vision = _vision(config, stage, work, frozen, size, vision_recompute or LayerRecompute(), tp_size)
+    text = _text(config, stage, work, frozen, size, text_recompute or LayerRecompute(), tp_size)
+    batch = work.num_tokens * 5 * 8 + (work.num_patches * config.vision.patch_dim * 4 if stage.has_patch_embed else 0)
+    kept = batch + vision.kept + text.kept
+    held = work.num_in_flight * kept
+    return math.ceil(
+        max(held - text.kept + vision.working, held + text.working, held + _loss(config, stage, work, size, tp_size))
+    )
+
+
+def _layer(
+    *,
+    hidden: float,
+    query: float,
+    key: float,
+    ffn: float,
+    trained: bool,
+    expanded: bool,
+    joined: bool,
+    split: int,
+    shared: int,
+) -> tuple[float, float, float]:
+    """Values per row that a transformer layer keeps: all of it, with selective recompute, and its working memory going back.
+
+    `hidden` parts are divided by `shared`, those of heads and of the MLP by `split` tensor-parallel ranks.
+    """
+    linear_inputs = 2 * hidden / shared if trained else 0.0  # of qkv and fc1
+    rest = 2 * hidden / shared + linear_inputs + (2 + trained) * ffn / split
+    # The value is a view of what linear_qkv returned, and keeps all of it; where keys and values are repeated they are tensors of their own.
+    with_view = (query + key + (query + 2 * key) + query) / split
+    core = (4 + joined) * query / split if expanded else with_view
+    return rest + core, rest + min(with_view, core), 3 * ffn / split + 2 * hidden / shared
+
+
+def _tower(
+    num_layers: int, hidden: float, layer: tuple[float, float, float], policy: LayerRecompute
+) -> tuple[float, float]:
+    """Values per row that a tower's layers keep, and their working memory."""
+    whole, selective, working = layer
+    if num_layers == 0:
+        return 0.0, 0.0
+    if policy.granularity == "selective":
+        return num_layers * selective, working
+    if policy.granularity == "full" and policy.method == "block":
+        recomputed = min(policy.num_layers, num_layers)
+        is_all = recomputed == num_layers
+        return recomputed * hidden + (num_layers - recomputed) * whole, working + (whole if is_all else 0)
+    if policy.granularity == "full":
+        unit = min(policy.num_layers, num_layers)
+        return math.ceil(num_layers / unit) * hidden, unit * whole - hidden + working
+    return num_layers * whole, working
+
+
+def _vision(
+    config: Config,
+    stage: Stage,
+    work: Workload,
+    frozen: AbstractSet[str],
+    size: int,
+    policy: LayerRecompute,
+    tp_size: int,
+) -> _Kept:
+    if not stage.vit_layers and not stage.has_projector:
+        return _Kept(0, 0)
+    vision = config.vision
+    width, ffn, patches = vision.hidden_size, vision.intermediate_size, work.num_patches
+    tables = 2 * vision.head_dim * 4
+    merged = patches / vision.spatial_merge_size**2
+    if "vision_encoder" in frozen:  # nothing is kept, a layer's forward works in it
+        kept, working = 0.0, patches * size * (3 * width + 3 * ffn / tp_size)
+    else:
+        layer = _layer(
+            hidden=width,
+            query=width,
+            key=width,
+            ffn=ffn,
+            trained=True,
+            expanded=False,
+            joined=False,
+            split=tp_size,
+            shared=1,
+        )
+        per_row, transient = _tower(len(stage.vit_layers), width, layer, policy)
+        kept, working = patches * (per_row * size + tables), patches * transient * size
+    if stage.has_projector and not {"vision_encoder", "vision_projector"} <= frozen:
+        trained = "vision_projector" not in frozen
+        kept += patches * size * width * (4 if trained else 2)
+    if stage.has_projector:
+        kept += merged * size * vision.out_hidden_size
+    return _Kept(kept, working)
+
+
+def _text(
+    config: Config,
+    stage: Stage,
+    work: Workload,
+    frozen: AbstractSet[str],
+    size: int,
+    policy: LayerRecompute,
+    tp_size: int,
+) -> _Kept:
+    if not stage.llm_layers and not stage.has_embedding and not stage.has_output:
+        return _Kept(0, 0)
+    text, tokens = config.text, work.num_tokens
+    hidden = text.hidden_size
+    layer = _layer(
+        hidden=hidden,
+        query=text.num_attention_heads * text.head_dim,
+        key=text.num_key_value_heads * text.head_dim,
+        ffn=text.intermediate_size,
+        trained="text_decoder" not in frozen,
+        expanded=not work.has_fused_attention and text.num_attention_heads > text.num_key_value_heads,
+        joined=work.is_mixed,
+        split=tp_size,
+        shared=tp_size,
+    )
+    per_row, transient = _tower(len(stage.llm_layers), hidden / tp_size, layer, policy)
+    kept = tokens * (per_row * size + 2 * text.head_dim * 4)
+    if stage.has_output:
+        kept += tokens * 2 * hidden / tp_size * size
+        if work.num_targets is not None and stage.llm_layers:  # the last layer goes on with target positions only
+            spared = 3 * hidden + 3 * text.intermediate_size + 2 * hidden
+            is_kept = policy.granularity in ("none", "selective")
+            kept -= (tokens - work.num_targets) * size * (spared if is_kept else 2 * hidden)
+    return _Kept(kept, tokens * transient * size)
+
+
+def _loss(config: Config, stage: Stage, work: Workload, size: int, tp_size: int) -> float:
+    """Working memory of one chunk: logits in float32 with two more of their size, and the gradient of hidden states."""
+    if not stage.has_output:
+        return 0.0
+    targets = work.num_tokens if work.num_targets is None else work.num_targets
+    logits = min(targets, CHUNK_TOKENS) * config.text.vocab_size / tp_size
+    return logits * (3 * 4 + (2 * size if size < 4 else 0)) + targets * config.text.hidden_size * size

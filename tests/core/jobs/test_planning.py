@@ -1,0 +1,32 @@
+"""What a plan says of memory."""
+
+from __future__ import annotations
+
+from core.jobs.planning import memory_per_rank, suggestions
+from core.specs.training import TrainingSpec
+from tests.core.training.tiny import tiny_config, training_spec
+
+CONFIG = tiny_config()
+
+
+def spec_of(**changes: object) -> TrainingSpec:
+    return training_spec(seq_length=1024, **changes)
+
+
+class TestMemory:
+    def test_the_total_is_the_sum_of_its_parts(self) -> None:
+        (rank,) = memory_per_rank(spec_of(), CONFIG, 1 << 40)
+        parts = rank.weights_bytes + rank.gradients_bytes + rank.optimizer_bytes + rank.activations_bytes
+        assert rank.total_bytes == parts
+        assert rank.fits
+
+    def test_what_does_not_fit_is_told_what_would(self) -> None:
+        spec = spec_of()
+        (rank,) = memory_per_rank(spec, CONFIG, 1)
+        assert not rank.fits
+        found = suggestions(spec, CONFIG, rank.total_bytes - 1)
+        assert 1 <= len(found) <= 3
+        assert found[0] == "full recompute of both towers"
+
+    def test_nothing_is_suggested_where_nothing_helps(self) -> None:
+        assert suggestions(spec_of(), CONFIG, 1) == []
