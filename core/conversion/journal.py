@@ -16,7 +16,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from core.conversion.files import make_folder
+from core.conversion.files import disk_full_named, make_folder
 from core.storage.manifest import hash_file
 
 _PLAN, _FINISHED, _FILES = "plan", "finished.jsonl", "files"
@@ -73,7 +73,11 @@ class Journal:
     def record(self, record: Record) -> None:
         """Note a file as finished. FileNotFoundError when another attempt has taken over."""
         line = json.dumps(vars(record)) + "\n"
-        with self._lock, (self._folder / _FINISHED).open("a", encoding="utf-8") as stream:
+        with (
+            self._lock,
+            disk_full_named(self._folder / _FINISHED),
+            (self._folder / _FINISHED).open("a", encoding="utf-8") as stream,
+        ):
             stream.write(line)
 
     def hand_over(self, destination: Path) -> None:

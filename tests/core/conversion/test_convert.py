@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.conversion.apply import cast
 from core.conversion.convert import hf_to_mm, mm_to_hf, reshard
 from core.conversion.hf import HFWeights
 from core.conversion.mm import MMWeights
 from core.conversion.pt import from_torch, write_pt
 from core.conversion.verify import differing
 from core.conversion.writing import Quiet
-from core.errors import AppError, Conflict, CorruptCheckpoint, IncompatiblePlan, InvalidModel, UnknownWeights
+from core.errors import AppError, Conflict, CorruptCheckpoint, DiskFull, IncompatiblePlan, InvalidModel, UnknownWeights
 from core.models.hf_folder import HFFolder, inspect_hf_folder
 from core.models.layout import hf_shapes
 from core.models.mm_folder import inspect_mm_folder, rank_dir
@@ -262,6 +264,79 @@ class TestOptions:
             assert hashlib.sha256((tmp_path / "mm" / file).read_bytes()).hexdigest() == digest
 
 
+class Listening(Quiet):
+    def __init__(self) -> None:
+        self.heard: dict[str, str] = {}
+
+    def warn(self, code: str, message: str) -> None:
+        self.heard[code] = message
+
+
+class TestValues:
+    """NaN and infinities are carried over, and told."""
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    def test_what_is_not_finite_is_named(self, tmp_path: Path, dtype: str, value: float) -> None:
+        path = tiny_model(tmp_path / "hf", shape=SHAPE, dtype=dtype)
+        weights = dict(hf_weights(inspect_hf_folder(path)))
+        for name in ("model.layers.2.self_attn.k_proj.weight", "visual.blocks.1.attn.proj.weight"):
+            weights[name] = weights[name].copy()
+            weights[name][-1, -1] = value
+        write_safetensors(path / "model.safetensors", weights, dtype=dtype)
+        source = inspect_hf_folder(path)
+        wanted = "NaN or infinite values in model.layers.2.self_attn.k_proj.weight, visual.blocks.1.attn.proj.weight"
+        watch = Listening()
+        hf_to_mm(source, tmp_path / "mm", TWO_BY_TWO, watch=watch)
+        assert watch.heard == {"non_finite_weights": wanted}
+        back = Listening()
+        export(tmp_path / "mm", source, TWO_BY_TWO, tmp_path / "back", watch=back)
+        assert back.heard == watch.heard
+        assert folder_bytes(tmp_path / "back") == folder_bytes(path)
+
+    def test_what_a_narrower_type_cannot_hold_is_named(self, tmp_path: Path) -> None:
+        path = tiny_model(tmp_path / "hf", shape=SHAPE)
+        weights = dict(hf_weights(inspect_hf_folder(path)))
+        weights["model.norm.weight"] = weights["model.norm.weight"] * 1e6
+        write_safetensors(path / "model.safetensors", weights)
+        watch = Listening()
+        hf_to_mm(inspect_hf_folder(path), tmp_path / "mm", ONE, dtype="float16", watch=watch)
+        assert watch.heard == {"overflow": "values too large for the new type became infinite in model.norm.weight"}
+
+    @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+    @pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
+    def test_every_value_is_rounded_as_torch_rounds(self, stored: str, wanted: str) -> None:
+        bits = np.arange(1 << 16, dtype="<u2")
+        if stored == "float32":  # every upper half with lower halves around the middle
+            lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x1000, 0x0FFF], "<u4")
+            values = ((bits.astype("<u4") << 16)[:, None] + lower).reshape(-1, 1).view(np.uint8)
+        else:
+            values = bits.reshape(-1, 1).view(np.uint8)
+        types = {name: getattr(torch, name) for name in (stored, wanted)}
+        expected = torch.from_numpy(values.copy()).view(types[stored]).to(types[wanted])
+        result = torch.from_numpy(cast(values, stored, wanted).copy()).view(types[wanted])
+        assert torch.equal(result.isnan(), expected.isnan())
+        assert torch.equal(
+            result.nan_to_num(0.0, torch.inf, -torch.inf), expected.nan_to_num(0.0, torch.inf, -torch.inf)
+        )
+
+
+class TestDiskFull:
+    def test_a_full_disk_is_named_and_the_file_removed(self, tmp_path: Path, source: HFFolder) -> None:
+        target = tmp_path / "small"
+        target.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", target], capture_output=True).returncode:
+            pytest.skip("file systems cannot be mounted here")
+        try:
+            with pytest.raises(DiskFull, match="No space left on device"):
+                hf_to_mm(source, target / "mm", TWO_BY_TWO)
+            sizes = [file.stat().st_size for file in target.rglob("*") if file.is_file()]
+            assert sum(sizes) < 600_000
+            assert len(sizes) < 4
+        finally:
+            subprocess.run(["umount", target], check=True)
+
+
 class TestTransformers:
     def test_an_export_computes_the_same_logits(self, tmp_path: Path) -> None:
         transformers = pytest.importorskip("transformers")
@@ -392,17 +467,11 @@ class TestBrokenCheckpoints:
             export(mm_dir, source, TWO_BY_TWO, tmp_path / "back")
 
     def test_replicas_that_differ_are_warned_of(self, source: HFFolder, mm_dir: Path, tmp_path: Path) -> None:
-        class Listening(Quiet):
-            heard = ""
-
-            def warn(self, code: str, message: str) -> None:
-                self.heard += f"{code}: {message}"
-
         watch = Listening()
         edit_rank(mm_dir, "mp_rank_01_001", **{"text_decoder.decoder.final_layernorm.weight": torch.zeros(64)})
         export(mm_dir, source, TWO_BY_TWO, tmp_path / "back", watch=watch)
-        assert watch.heard.startswith("replicas_differ")
-        assert "mp_rank_01_001/model_optim_rng.pt: text_decoder.decoder.final_layernorm.weight" in watch.heard
+        where = "mp_rank_01_001/model_optim_rng.pt: text_decoder.decoder.final_layernorm.weight"
+        assert where in watch.heard["replicas_differ"]
 
     def test_a_tied_copy_that_differs(self, tmp_path: Path) -> None:
         source = inspect_hf_folder(tiny_model(tmp_path / "hf", shape=TIED))

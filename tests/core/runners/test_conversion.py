@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 
+from core.conversion.files import HashingWriter
+from core.conversion.journal import Journal, Record
+from core.conversion.verify import VerificationFailed
 from core.errors import AppError, DiskFull, IncompatiblePlan, InvalidSpec
 from core.models.hf_folder import inspect_hf_folder
 from core.models.mm_folder import inspect_mm_folder
@@ -17,7 +21,7 @@ from core.runners import conversion
 from core.runners.context import InputArtifact, RunContext, Stopped
 from core.specs.conversion import ConversionSpec
 from core.storage.local import Store
-from core.storage.manifest import Manifest
+from core.storage.manifest import FileEntry, Manifest
 from tests.tiny import TinyShape, tiny_model
 
 SHAPE = TinyShape(vision_layers=2, text_layers=3)
@@ -64,6 +68,11 @@ class Jobs:
         assert len(ready) == 1
         manifest = self.store.manifest(ready[0]["artifact_id"])
         return InputArtifact(manifest.id, manifest.kind, self.store.files_dir(manifest.id), manifest.metadata)
+
+    def files(self, ctx: RunContext) -> list[FileEntry]:
+        """What the job's artifact consists of."""
+        (artifact_id,) = (event["artifact_id"] for event in events(ctx) if "artifact_id" in event)
+        return self.store.manifest(artifact_id).files
 
     def manifest(self, artifact: InputArtifact) -> Manifest:
         assert artifact.artifact_id is not None
@@ -162,6 +171,18 @@ class TestFailures:
             jobs.run({"operation": "hf_to_mm", "parallel": PARALLEL}, source=model)
         assert not jobs.unfinished()
 
+    def test_a_disk_that_fills_up_is_named_and_what_was_made_is_removed(self, jobs: Jobs, model: InputArtifact) -> None:
+        ctx = jobs.context({"operation": "hf_to_mm", "parallel": PARALLEL}, source=model)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            with pytest.raises(DiskFull, match=r"writing model_optim_rng\.pt failed: File too large"):
+                conversion.run(ctx, ctx.spec)  # type: ignore[arg-type]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not jobs.unfinished()
+        assert not list((ctx.job_dir / "conversion").iterdir())
+
     def test_a_stop_leaves_nothing(self, jobs: Jobs, model: InputArtifact) -> None:
         ctx = jobs.context({"operation": "hf_to_mm", "parallel": PARALLEL}, source=model)
         ctx._stop.set()
@@ -169,6 +190,106 @@ class TestFailures:
             conversion.run(ctx, ctx.spec)  # type: ignore[arg-type]
         assert not jobs.unfinished()
         assert not any("artifact_id" in event for event in events(ctx))
+
+
+class TestNextAttempt:
+    """After a stop or a kill the finished files are kept, looked at again, and not written twice."""
+
+    SPEC: ClassVar[dict[str, Any]] = {"operation": "hf_to_mm", "parallel": PARALLEL}
+
+    def test_it_writes_only_what_is_missing(
+        self, jobs: Jobs, model: InputArtifact, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        whole = jobs.run(self.SPEC, source=model)
+        job_dir = self.stopped_after(2, jobs, model)
+        ctx = jobs.context(self.SPEC, source=model)
+        ctx.job_dir, ctx.attempt = job_dir, 2
+        with caplog.at_level(logging.INFO):
+            conversion.run(ctx, ctx.spec)  # type: ignore[arg-type]
+        assert "going on after an earlier attempt: 2 files are finished" in caplog.messages
+        assert sum(message.startswith("wrote release/") for message in caplog.messages) == 2
+        assert jobs.files(ctx) == jobs.manifest(whole).files
+        progress = [event for event in events(ctx) if event.get("unit") == "bytes"]
+        assert progress[-1]["done"] == progress[-1]["total"]
+        assert not list((job_dir / "conversion").iterdir())
+
+    def test_a_damaged_file_is_written_again(self, jobs: Jobs, model: InputArtifact) -> None:
+        whole = jobs.run(self.SPEC, source=model)
+        job_dir = self.stopped_after(3, jobs, model)
+        file = next(job_dir.glob("conversion/1/files/release/*/model_optim_rng.pt"))
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        ctx = jobs.context(self.SPEC, source=model)
+        ctx.job_dir, ctx.attempt = job_dir, 2
+        conversion.run(ctx, ctx.spec)  # type: ignore[arg-type]
+        assert jobs.files(ctx) == jobs.manifest(whole).files
+
+    def test_it_begins_anew_when_the_source_has_changed(
+        self, jobs: Jobs, model: InputArtifact, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        job_dir = self.stopped_after(3, jobs, model)
+        tiny_model(model.path, shape=SHAPE, seed=1, num_shards=2, names="new", nested_config=True)
+        ctx = jobs.context(self.SPEC, source=model)
+        ctx.job_dir, ctx.attempt = job_dir, 2
+        with caplog.at_level(logging.INFO):
+            conversion.run(ctx, ctx.spec)  # type: ignore[arg-type]
+        assert not any(message.startswith("going on") for message in caplog.messages)
+        assert jobs.files(ctx) == jobs.manifest(jobs.run(self.SPEC, source=model)).files
+
+    @staticmethod
+    def stopped_after(num_files: int, jobs: Jobs, model: InputArtifact) -> Path:
+        """The folder of a job that was told to stop when that many files were finished."""
+        ctx = jobs.context(TestNextAttempt.SPEC, source=model)
+        record = Journal.record
+        count = 0
+
+        def counting(journal: Journal, entry: Record) -> None:
+            nonlocal count
+            if count == num_files:
+                raise Stopped
+            count += 1
+            record(journal, entry)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "record", counting)
+            with pytest.raises(Stopped):
+                conversion.run(ctx, ctx.spec)  # type: ignore[arg-type]
+        return ctx.job_dir
+
+
+class TestVerify:
+    @pytest.mark.parametrize("dtype", [None, "bfloat16"])
+    def test_it_is_recorded_in_the_artifact(
+        self, jobs: Jobs, model: InputArtifact, caplog: pytest.LogCaptureFixture, dtype: str | None
+    ) -> None:
+        caplog.set_level(logging.INFO)
+        spec = {"operation": "hf_to_mm", "parallel": PARALLEL, "verify": True, "dtype": dtype}
+        first = jobs.run(spec, source=model)
+        second = jobs.run({"operation": "reshard", "parallel": OTHER, "verify": True}, source=first)
+        back = jobs.run({"operation": "mm_to_hf", "verify": True}, source=second)
+        assert [made.metadata["verified"] for made in (first, second, back)] == [True] * 3
+        assert sum("read back from the disk" in message for message in caplog.messages) == 3
+
+    def test_progress_covers_it(self, jobs: Jobs, model: InputArtifact) -> None:
+        ctx = jobs.context({"operation": "hf_to_mm", "parallel": PARALLEL, "verify": True}, source=model)
+        conversion.run(ctx, ctx.spec)  # type: ignore[arg-type]
+        progress = [event for event in events(ctx) if event.get("unit") == "bytes"]
+        assert progress[-1]["done"] == progress[-1]["total"] > 1.9 * model.metadata["total_bytes"]
+
+    def test_a_changed_value_is_found(self, jobs: Jobs, model: InputArtifact, monkeypatch: pytest.MonkeyPatch) -> None:
+        write = HashingWriter.write
+
+        def flipping(writer: HashingWriter, data: bytes | memoryview) -> int:
+            block = bytearray(memoryview(data).cast("B"))
+            if len(block) > 50_000:
+                block[50_000] ^= 1
+            return write(writer, memoryview(block))
+
+        monkeypatch.setattr(HashingWriter, "write", flipping)
+        with pytest.raises(VerificationFailed, match=r"not what was read: .*embed_tokens"):
+            jobs.run({"operation": "hf_to_mm", "parallel": PARALLEL, "verify": True}, source=model)
+        assert not jobs.unfinished()
 
     def test_a_broken_source_leaves_nothing(self, jobs: Jobs, model: InputArtifact) -> None:
         made = jobs.run({"operation": "hf_to_mm", "parallel": PARALLEL}, source=model)
