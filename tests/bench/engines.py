@@ -185,9 +185,13 @@ def hf(folder: Path, options: Options, turns: Turns) -> None:
         return {**batch, "labels": labels}
 
     arguments = TrainingArguments(**peer_arguments(options))
-    in_turns(Trainer)(
+    trainer = in_turns(Trainer)(
         model=model, args=arguments, train_dataset=samples, data_collator=collate, turns=turns
-    ).train()  # fmt: skip
+    )  # fmt: skip
+    # The model class says that it takes no count of the global batch's targets, and Trainer would weigh micro-batches alike whatever their
+    # targets; its forward takes one all the same. Without this the losses of accumulated steps are not comparable.
+    trainer.model_accepts_loss_kwargs = True
+    trainer.train()
 
 
 def trl(folder: Path, options: Options, turns: Turns) -> None:
