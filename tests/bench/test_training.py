@@ -125,10 +125,10 @@ class TestEngine:
     def test_overhead(self, start: Start, tmp_path: Path) -> None:
         """(d) The engine against a loop that does nothing but forward, backward and optimizer on batches made before."""
         write_model(tmp_path, QUARTER_3B)
-        write_dataset(tmp_path, equal_rows(tmp_path, count=24))
+        write_dataset(tmp_path, equal_rows(tmp_path, count=20))
         options = Options(global_batch_size=2, micro_batch_size=2)
         bare, engine = (start(name, tmp_path, options) for name in ("bare", "temper"))
-        take_turns([bare, engine], rounds=12)
+        take_turns([bare, engine], rounds=8)
         share, low, high = ratio(bare.wall_s, engine.wall_s)
         cpu, _, _ = ratio(bare.cpu_s, engine.cpu_s)
         print(f"\n(d) bare loop / engine: {share:.1%} ({low:.1%} to {high:.1%}), by CPU time {cpu:.1%}; {machine()}")
