@@ -142,7 +142,7 @@ def _layer(
     """
     linear_inputs = 2 * hidden / shared if trained else 0.0  # of qkv and fc1
     rest = 2 * hidden / shared + linear_inputs + (2 + trained) * ffn / split
-    # The value is a view of what linear_qkv returned, and keeps all of it; where keys and values are repeated they are tensors of their own.
+    # The value is a view of what linear_qkv returned, and keeps all of it; repeated ones are tensors of their own.
     with_view = (query + key + (query + 2 * key) + query) / split
     core = (4 + joined) * query / split if expanded else with_view
     return rest + core, rest + min(with_view, core), 3 * ffn / split + 2 * hidden / shared

@@ -28,7 +28,7 @@ from core.conversion.convert import copy_model_files
 from core.conversion.load import load_stage, load_stage_from_hf
 from core.conversion.mm import rank_dir, write_rank_file
 from core.data.dataset import TokenisedDataset
-from core.data.loader import StepLoader
+from core.data.loader import StepLoader, build_batch
 from core.data.plan import StepPlan, plan_step
 from core.device import Accelerator, get_accelerator
 from core.errors import (
@@ -41,6 +41,7 @@ from core.errors import (
     UnknownWeights,
     UnsupportedOption,
 )
+from core.models.batch import PackedBatch
 from core.models.hf_folder import read_config
 from core.models.layers.recompute import Recompute, RecomputePolicy
 from core.models.plan import Stage, stages
@@ -51,6 +52,7 @@ from core.runners.context import InputArtifact, RunContext, Stopped
 from core.specs.parallel import ParallelSpec
 from core.specs.training import RecomputeSpec, RecomputeSpecs, TrainingSpec
 from core.training.checkpoint import FACTS, Checkpoints, Facts, Position, Together, write_tracker
+from core.training.checks import largest_micro_batch
 from core.training.freeze import ParameterRow, freeze, summary
 from core.training.optimizer import Optimizer
 from core.training.trainer import Outcome, Trainer
@@ -59,6 +61,8 @@ from core.training.wiring import Head, build_pipeline, join, shard_chunks
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PATCH_HEADROOM = 1.25
 """Static shapes: patches that a micro-batch can hold, relative to what its tokens have on average."""
+REHEARSED_STEPS = 200
+"""Steps whose micro-batches are looked through for the largest, which runs first."""
 
 
 def run(ctx: RunContext, spec: TrainingSpec) -> None:
@@ -129,6 +133,8 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
         reporter=ctx,
         saved_at=facts.position.iteration if resume_path is not None else None,
     )
+    if resume_path is None:
+        trainer.rehearse(_largest_batch(dataset, spec, mesh, own_stages[0], config, accelerator))
     with _loader(dataset, spec, mesh, own_stages[0], config, accelerator, facts.position) as loader:
         outcome = trainer.train(loader)
     if mesh.rank == 0:
@@ -353,6 +359,38 @@ def _loader(
         with_pixels=stage.has_patch_embed,
         pad_to_tokens=token_budget if accelerator.static_shapes else None,
         pad_to_patches=patch_budget,
+    )
+
+
+def _largest_batch(
+    dataset: TokenisedDataset, spec: TrainingSpec, mesh: Mesh, stage: Stage, config: Config, accelerator: Accelerator
+) -> PackedBatch:
+    """Build the dearest micro-batch of the first steps (an epoch of them, at most REHEARSED_STEPS)."""
+    token_budget = spec.micro_batch_size * spec.seq_length
+    patch_budget = _patch_budget(dataset, token_budget, config) if accelerator.static_shapes else None
+    num_steps = min(spec.train_iters, REHEARSED_STEPS, math.ceil(len(dataset) / spec.global_batch_size))
+    plans = [
+        plan_step(
+            dataset.lengths,
+            dataset.patches,
+            seed=spec.seed,
+            consumed_samples=index * spec.global_batch_size,
+            global_batch_size=spec.global_batch_size,
+            dp_size=mesh.dp_size,
+            token_budget=token_budget,
+            patch_budget=patch_budget,
+            min_micro_batches=mesh.pp_size,
+        )
+        for index in range(num_steps)
+    ]
+    return build_batch(
+        [dataset.row(row) for row in largest_micro_batch(plans, dataset.lengths, dataset.patches)],
+        config,
+        processing=dataset.meta.image_processing,
+        with_pixels=stage.has_patch_embed,
+        pad_to_tokens=token_budget if accelerator.static_shapes else None,
+        pad_to_patches=patch_budget,
+        pad_token_id=dataset.meta.pad_token_id,
     )
 
 

@@ -109,6 +109,9 @@ class TrainingSpec(JobInputs):
         None, description="A training checkpoint to go on from, with its data position."
     )
     log_interval: int = Field(1, ge=1, description="Iterations per log line and metric point.")
+    log_format: Literal["temper", "mindspeed_mm"] = Field(
+        "temper", description="The log's line per iteration: the field's usual one, or MindSpeed-MM's in full."
+    )
     seed: int = Field(42, ge=0, lt=1 << 32)
     precision: Literal["bf16", "fp32"] = Field("bf16", description="Compute precision; bf16 keeps fp32 master weights.")
 

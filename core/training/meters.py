@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,13 @@ class Reading:
     tokens_per_second: float
     """Real tokens of all ranks, without padding."""
     num_skipped: int
+    target_tokens_per_second: float
+    """Learnt tokens of all ranks."""
+    padded_tokens_per_second: float
+    """Tokens that were computed, padding included; of all data-parallel ranks."""
+    images_per_second: float
+    host_wait_fraction: float
+    """Share of the time that the slowest rank waited for its data."""
 
 
 class Meters:
@@ -26,10 +34,23 @@ class Meters:
         self._clock = clock
         self._start()
 
-    def add(self, *, loss: float, num_tokens: int) -> None:
+    def add(
+        self,
+        *,
+        loss: float,
+        num_tokens: int,
+        num_targets: int = 0,
+        num_padded_tokens: int = 0,
+        num_images: int = 0,
+        wait_s: float = 0.0,
+    ) -> None:
         """Count a finished step; a loss that is not finite counts as skipped."""
         self._num_steps += 1
         self._num_tokens += num_tokens
+        self._num_targets += num_targets
+        self._num_padded_tokens += num_padded_tokens
+        self._num_images += num_images
+        self._wait_s += wait_s
         if math.isfinite(loss):
             self._losses.append(loss)
 
@@ -45,6 +66,10 @@ class Meters:
             step_time_ms=1000 * elapsed_s / self._num_steps,
             tokens_per_second=self._num_tokens / elapsed_s,
             num_skipped=self._num_steps - len(self._losses),
+            target_tokens_per_second=self._num_targets / elapsed_s,
+            padded_tokens_per_second=self._num_padded_tokens / elapsed_s,
+            images_per_second=self._num_images / elapsed_s,
+            host_wait_fraction=min(self._wait_s / elapsed_s, 1.0),
         )
         self._start()
         return reading
@@ -53,6 +78,10 @@ class Meters:
         self._began = self._clock()
         self._num_steps = 0
         self._num_tokens = 0
+        self._num_targets = 0
+        self._num_padded_tokens = 0
+        self._num_images = 0
+        self._wait_s = 0.0
         self._losses: list[float] = []
 
 
@@ -73,6 +102,36 @@ def log_line(
         f"elapsed time per iteration (ms) {step_time_ms:.1f} | learning rate {learning_rate:.3E} | "
         f"global batch size {global_batch_size} | loss {_short(loss)} | grad norm {_short(grad_norm)}"
     )
+
+
+def mindspeed_line(
+    *,
+    iteration: int,
+    train_iters: int,
+    consumed_samples: int,
+    step_time_ms: float,
+    learning_rate: float,
+    global_batch_size: int,
+    loss: float,
+    grad_norm: float,
+    num_skipped: int,
+    now: datetime | None = None,
+) -> str:
+    """Return MindSpeed-MM's line, for tools that parse its logs. A value that is not finite is left out, as there."""
+    parts = [
+        f" [{now or datetime.now().astimezone():%Y-%m-%d %H:%M:%S}] iteration {iteration:8d}/{train_iters:8d}",
+        f"consumed samples: {consumed_samples:12d}",
+        f"elapsed time per iteration (ms): {step_time_ms:.1f}",
+        f"learning rate: {learning_rate:.6E}",
+        f"global batch size: {global_batch_size:5d}",
+    ]
+    if math.isfinite(loss):
+        parts.append(f"loss: {loss:.6E}")
+    parts.append("loss scale: 1.0")
+    if math.isfinite(grad_norm):
+        parts.append(f"grad norm: {grad_norm:.3f}")
+    parts += [f"number of skipped iterations: {num_skipped:3d}", f"number of nan iterations: {0:3d}"]
+    return " | ".join(parts) + " |"
 
 
 def _short(value: float) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -27,7 +28,8 @@ from core.parallel.mesh import Mesh
 from core.parallel.pipeline import Pipeline
 from core.specs.training import TrainingSpec
 from core.training.checkpoint import Checkpoints, Facts, Position
-from core.training.meters import Meters, log_line
+from core.training.checks import FirstStep, OutOfMemory
+from core.training.meters import Meters, log_line, mindspeed_line
 from core.training.optimizer import Optimizer, build_schedule
 from core.training.wiring import Head
 
@@ -72,6 +74,11 @@ class Exchanged:
     """Ranks with a loss that is not finite, and the first of their micro-batches that has one."""
     bad_gradients: list[int]
     """Ranks with a gradient that is not finite."""
+    num_padded_tokens: int
+    """Tokens computed by all data-parallel ranks, padding included."""
+    num_images: int
+    wait_s: float
+    """Longest time that a rank waited for its data."""
 
     @property
     def is_finite(self) -> bool:
@@ -102,14 +109,21 @@ class Trainer:
         spec, schedule = self.spec, build_schedule(self.spec.optimizer, self.spec.train_iters)
         self.reporter.progress(self.facts.position.iteration, spec.train_iters, "iteration")
         loaded = iter(steps)
+        first: FirstStep | None = None
+        is_checked = False
         while self.facts.position.iteration < spec.train_iters:
+            began = time.perf_counter()
             step = next(loaded)
+            batches = [batch for batch in step.micro_batches if batch.rows]
+            wait_s = time.perf_counter() - began
             learning_rate = schedule.at(self.facts.position.iteration)
 
             self.optimizer.clear_gradients()
-            self.pipeline.run([batch for batch in step.micro_batches if batch.rows])
+            self.pipeline.run(batches)
             self.optimizer.reduce_gradients()
-            everyone = self._exchange(self.head.take())
+            everyone = self._exchange(self.head.take(), batches, wait_s)
+            if first is None and not is_checked and learning_rate > 0:
+                first = FirstStep.before(self.model, self.optimizer)
 
             loss, grad_norm = everyone.loss_sum / max(step.num_targets, 1), math.nan
             if everyone.is_finite and step.num_targets > 0:
@@ -117,12 +131,28 @@ class Trainer:
                 grad_norm = self.optimizer.step(
                     learning_rate=learning_rate, num_targets=step.num_targets, squared_norm=everyone.squared_norm
                 )
+                if first is not None:
+                    num_trained, num_moved = first.check(self.model, self.optimizer)
+                    self.reporter.log.info(
+                        "first step: %d of %d trained parameters with a gradient moved, %d frozen ones are as they were",
+                        num_moved,
+                        num_trained,
+                        len(first.frozen),
+                    )
+                    first, is_checked = None, True
             else:
                 self._skip(step, everyone)
 
             self._advance(step)
             iteration = self.facts.position.iteration
-            self.meters.add(loss=loss if everyone.is_finite else math.nan, num_tokens=step.num_tokens)
+            self.meters.add(
+                loss=loss if everyone.is_finite else math.nan,
+                num_tokens=step.num_tokens,
+                num_targets=step.num_targets,
+                num_padded_tokens=everyone.num_padded_tokens,
+                num_images=everyone.num_images,
+                wait_s=everyone.wait_s,
+            )
             if iteration % spec.log_interval == 0 or iteration == spec.train_iters or everyone.stop:
                 self._log(learning_rate, grad_norm, everyone)
             if self._is_save_due(iteration) or everyone.stop:
@@ -131,6 +161,26 @@ class Trainer:
                 return Outcome.STOPPED
         self.save()
         return Outcome.FINISHED
+
+    def rehearse(self, batch: PackedBatch) -> None:
+        """Run forward and backward of the largest micro-batch and forget it, so that what does not fit fails at once.
+
+        As many times as the pipeline has stages, so that it fills. Raises OutOfMemory.
+        """
+        try:
+            self.pipeline.run([batch] * self.mesh.pp_size)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"the largest micro-batch ({batch.num_tokens} tokens, {batch.num_patches} image patches) does not fit the "
+                f"device: {error}",
+                hint="use recompute, a smaller micro_batch_size × seq_length, or more tp or pp",
+            ) from error
+        self.head.take()
+        self.optimizer.clear_gradients()
+        self.reporter.log.info(
+            "the largest micro-batch fits: %d tokens, %d image patches", batch.num_tokens, batch.num_patches
+        )
+        self.meters = Meters(time.perf_counter)
 
     def save(self) -> None:
         """Write a checkpoint of the present state, unless there is one."""
@@ -148,8 +198,10 @@ class Trainer:
         self.meters.paused(seconds)
         self.reporter.log.info("saved checkpoint at iteration %d in %.1f s", iteration, seconds)
 
-    def _exchange(self, losses: list[float]) -> Exchanged:
+    def _exchange(self, losses: list[float], batches: list[PackedBatch], wait_s: float) -> Exchanged:
         """Let every rank know what each has seen in this step, in one all-reduce."""
+        mesh = self.mesh
+        is_first = mesh.pp_rank == mesh.tp_rank == 0  # of the ranks that share these batches
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), -1)
         row = [
             math.fsum(losses) if bad < 0 else 0.0,
@@ -157,12 +209,14 @@ class Trainer:
             self.optimizer.squared_norm(),
             float(self.reporter.should_stop()),
             float(self.accelerator.memory_peak_bytes()),
+            float(sum(batch.num_tokens for batch in batches) if is_first else 0),
+            float(sum(len(batch.grid_thw) for batch in batches) if is_first else 0),
+            wait_s,
         ]
-        mesh = self.mesh
         table = all_reduce_rows(
             row, rank=mesh.rank, world_size=mesh.world_size, group=mesh.world_group, device=self.accelerator.device
         )
-        losses_R, bad_R, norms_R, stops_R, memory_R = table.T.tolist()
+        losses_R, bad_R, norms_R, stops_R, memory_R, padded_R, images_R, waits_R = table.T.tolist()
         return Exchanged(
             loss_sum=math.fsum(losses_R),
             squared_norm=math.fsum(norms_R) if all(map(math.isfinite, norms_R)) else math.nan,
@@ -170,6 +224,9 @@ class Trainer:
             memory_peak_bytes=int(max(memory_R)),
             bad_losses={rank: int(index) for rank, index in enumerate(bad_R) if index >= 0},
             bad_gradients=[rank for rank, value in enumerate(norms_R) if not math.isfinite(value)],
+            num_padded_tokens=int(sum(padded_R)),
+            num_images=int(sum(images_R)),
+            wait_s=max(waits_R),
         )
 
     def _skip(self, step: LoadedStep, everyone: Exchanged) -> None:
@@ -214,8 +271,9 @@ class Trainer:
 
     def _log(self, learning_rate: float, grad_norm: float, everyone: Exchanged) -> None:
         reading, position, spec = self.meters.read(), self.facts.position, self.spec
+        line = log_line if spec.log_format == "temper" else partial(mindspeed_line, num_skipped=reading.num_skipped)
         self.reporter.log.info(
-            log_line(
+            line(
                 iteration=position.iteration,
                 train_iters=spec.train_iters,
                 consumed_samples=position.consumed_samples,
@@ -234,6 +292,10 @@ class Trainer:
             step_time_ms=reading.step_time_ms,
             tokens_per_second=reading.tokens_per_second,
             tokens_per_second_per_device=reading.tokens_per_second / self.mesh.world_size,
+            target_tokens_per_second=reading.target_tokens_per_second,
+            padded_tokens_per_second=reading.padded_tokens_per_second,
+            images_per_second=reading.images_per_second,
+            host_wait_fraction=reading.host_wait_fraction,
             consumed_samples=position.consumed_samples,
             memory_peak_bytes=everyone.memory_peak_bytes,
         )

@@ -123,4 +123,5 @@ def measure(setting: Setting) -> int:
 
 
 if __name__ == "__main__":
-    print(measure(Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(sys.argv[1]).items()})))
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(sys.argv[1]).items()}
+    print(measure(Setting(**given)))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime, timezone
 
 import pytest
 
-from core.training.meters import Meters, log_line
+from core.training.meters import Meters, log_line, mindspeed_line
 
 
 class Clock:
@@ -44,6 +45,34 @@ class TestMeters:
         meters.paused(2.0)
         meters.add(loss=1.0, num_tokens=10)
         assert meters.read().step_time_ms == 1000.0
+
+    def test_tells_targets_padding_images_and_waiting(self) -> None:
+        clock = Clock()
+        meters = Meters(clock)
+        clock.now += 2
+        meters.add(loss=1.0, num_tokens=100, num_targets=40, num_padded_tokens=120, num_images=6, wait_s=0.5)
+        reading = meters.read()
+        assert (reading.target_tokens_per_second, reading.padded_tokens_per_second) == (20.0, 60.0)
+        assert (reading.images_per_second, reading.host_wait_fraction) == (3.0, 0.25)
+
+
+class TestMindSpeedLine:
+    def line(self, loss: float) -> str:
+        return mindspeed_line(
+            iteration=100, train_iters=10000, consumed_samples=800, step_time_ms=1250.51, learning_rate=1e-5,
+            global_batch_size=8, loss=loss, grad_norm=1.234, num_skipped=0, now=datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc),
+        )  # fmt: skip
+
+    def test_is_megatrons(self) -> None:
+        assert self.line(2.345) == (
+            " [2026-01-02 03:04:05] iteration      100/   10000 | consumed samples:          800 | "
+            "elapsed time per iteration (ms): 1250.5 | learning rate: 1.000000E-05 | global batch size:     8 | "
+            "loss: 2.345000E+00 | loss scale: 1.0 | grad norm: 1.234 | number of skipped iterations:   0 | "
+            "number of nan iterations:   0 |"
+        )
+
+    def test_a_loss_that_is_not_a_number_is_left_out(self) -> None:
+        assert " loss:" not in self.line(math.nan)
 
 
 class TestLogLine:

@@ -12,7 +12,18 @@ import torch
 
 from core.errors import NonFiniteLoss
 from core.training.trainer import MAX_SKIPPED, Outcome
-from tests.core.training.tiny import Case, Notes, Rank, Trained, make_trainer, steps, train, training_spec
+from tests.core.training.tiny import (
+    Case,
+    Notes,
+    Rank,
+    Trained,
+    make_trainer,
+    pack,
+    samples,
+    steps,
+    train,
+    training_spec,
+)
 from tests.distributed import run
 
 ONE = Case()
@@ -38,7 +49,8 @@ class TestLearning:
         assert list(trained.metrics) == [1, 2]
         assert set(trained.metrics[1]) == {
             "loss", "learning_rate", "grad_norm", "step_time_ms", "tokens_per_second", "tokens_per_second_per_device",
-            "consumed_samples", "memory_peak_bytes",
+            "consumed_samples", "memory_peak_bytes", "target_tokens_per_second", "padded_tokens_per_second",
+            "images_per_second", "host_wait_fraction",
         }  # fmt: skip
         assert trained.metrics[2]["consumed_samples"] == 8
 
@@ -89,6 +101,17 @@ class TestResume:
         train(0, ONE, spec, tmp_path, stop_after=2)
         assert not list(tmp_path.rglob("temper_optim.pt"))
         assert list(train(0, ONE, spec, tmp_path).metrics) == [3, 4]
+
+
+class TestRehearsal:
+    def test_it_leaves_nothing_behind(self, tmp_path: Path) -> None:
+        plain = train(0, ONE, training_spec(train_iters=2), tmp_path / "plain")
+        rank, notes = Rank(ONE, training_spec().optimizer), Notes()
+        trainer = make_trainer(rank, training_spec(train_iters=2), tmp_path / "rehearsed", notes)
+        trainer.rehearse(pack(samples(8), rank.config))
+        trainer.train(steps(trainer, rank.config))
+        assert notes.metrics[2]["loss"] == plain.metrics[2]["loss"]
+        assert all(torch.equal(tensor, plain.weights[name]) for name, tensor in rank.model.state_dict().items())
 
 
 class TestStop:

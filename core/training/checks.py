@@ -1,0 +1,88 @@
+"""What must hold before and after the first step: it fits, frozen weights stay as they are, trained ones move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from core.data.plan import PATCH_COST, StepPlan
+from core.errors import AppError
+from core.training.optimizer import Optimizer
+
+Rows = npt.NDArray[np.int64]
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class WrongParametersTrained(AppError):
+    """The first step changed a frozen parameter, or none of the trained ones."""
+
+    code = "wrong_parameters_trained"
+    status = 500
+
+
+class OutOfMemory(AppError):
+    """The largest micro-batch does not fit the device."""
+
+    code = "out_of_memory"
+    status = 507
+
+
+def checksum(tensor: Tensor) -> int:
+    """Sum of a tensor's bits: two tensors of different sums differ."""
+    return int(tensor.detach().contiguous().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """The state of this rank's parameters before their first update."""
+
+    frozen: dict[str, int]
+    trained: dict[str, int]
+
+    @classmethod
+    def before(cls, model: nn.Module, optimizer: Optimizer) -> FirstStep:
+        """Note the parameters."""
+        return cls(_frozen(model), _trained(optimizer))
+
+    def check(self, model: nn.Module, optimizer: Optimizer) -> tuple[int, int]:
+        """Return how many trained parameters had a gradient, and how many of them moved. Raises WrongParametersTrained.
+
+        Trained ones are looked at in float32: a small step can be lost in bfloat16 weights. One without a gradient may
+        stand still, as an encoder does in a step without images.
+        """
+        changed = [name for name, value in _frozen(model).items() if value != self.frozen[name]]
+        if changed:
+            raise WrongParametersTrained(
+                f"the first step changed {len(changed)} frozen parameters: {', '.join(changed[:8])}"
+            )
+        now = _trained(optimizer)
+        with_gradient = [
+            slot.name
+            for buffer in optimizer.buffers
+            for slot in buffer.slots
+            if bool(slot.view(buffer.gradients).any())
+        ]
+        num_moved = sum(now[name] != self.trained[name] for name in with_gradient)
+        if with_gradient and not num_moved:
+            raise WrongParametersTrained(
+                f"the first step moved none of {len(with_gradient)} trained parameters with a gradient"
+            )
+        return len(with_gradient), num_moved
+
+
+def largest_micro_batch(plans: list[StepPlan], lengths: Rows, patches: Rows) -> tuple[int, ...]:
+    """Return the rows of the dearest micro-batch of any rank in these steps; `lengths`, `patches` of all rows, [N]."""
+    parts = {part for plan in plans for rank in plan.micro_batches for part in rank}
+    return max(parts, key=lambda part: (sum(int(lengths[row]) + PATCH_COST * int(patches[row]) for row in part), part))
+
+
+def _frozen(model: nn.Module) -> dict[str, int]:
+    return {name: checksum(parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+def _trained(optimizer: Optimizer) -> dict[str, int]:
+    return {slot.name: checksum(slot.view(group.master)) for group in optimizer.groups for slot in group.buffer.slots}
