@@ -1,4 +1,4 @@
-"""Tiny Qwen2.5-VL folders with random weights, as transformers would have saved them: for tests and for the demo.
+"""Tiny Qwen2.5-VL and Qwen2-VL folders with random weights, as transformers would have saved them: for tests and for the demo.
 
 Shapes are written out by hand, so that nothing here depends on the tables that the tests check with it. No network.
 """
@@ -70,6 +70,7 @@ class TinyShape:
     window: int = 56
     patch: int = 14
     tied: bool = False
+    family: Literal["qwen2_5_vl", "qwen2_vl"] = "qwen2_5_vl"
 
     @property
     def head_dim(self) -> int:
@@ -211,26 +212,12 @@ def tiny_config(
         text["rope_parameters"] = {"mrope_section": section, "rope_theta": 1e6, "rope_type": "default"}
     else:
         text |= {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": section}}
-    vision = {
-        "depth": shape.vision_layers,
-        "fullatt_block_indexes": [shape.vision_layers - 1],
-        "hidden_act": "silu",
-        "hidden_size": shape.vision_hidden,
-        "in_channels" if nested else "in_chans": 3,
-        "intermediate_size": shape.vision_ffn,
-        "model_type": "qwen2_5_vl" if not nested else "qwen2_5_vl_vision",
-        "num_heads": shape.vision_heads,
-        "out_hidden_size": shape.hidden,
-        "patch_size": shape.patch,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "tokens_per_second": 2,
-        "window_size": shape.window,
-    }
+    vision = _vision_config(shape, nested)
+    vision["in_channels" if nested else "in_chans"] = 3
     return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        **({"text_config": {"model_type": "qwen2_5_vl_text", **text}} if nested else text),
-        "model_type": "qwen2_5_vl",
+        "architectures": [ARCHITECTURES[shape.family]],
+        **({"text_config": {"model_type": f"{shape.family}_text", **text}} if nested else text),
+        "model_type": shape.family,
         "tie_word_embeddings": shape.tied,
         "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"],
@@ -241,20 +228,57 @@ def tiny_config(
     }
 
 
+ARCHITECTURES = {
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+}
+
+
+def _vision_config(shape: TinyShape, nested: bool) -> dict[str, Any]:
+    common = {
+        "depth": shape.vision_layers,
+        "model_type": shape.family + "_vision" * nested,
+        "num_heads": shape.vision_heads,
+        "patch_size": shape.patch,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    if shape.family == "qwen2_vl":
+        return common | {
+            "embed_dim": shape.vision_hidden,
+            "hidden_act": "quick_gelu",
+            "hidden_size": shape.hidden,
+            "mlp_ratio": shape.vision_ffn // shape.vision_hidden,
+        }
+    return common | {
+        "fullatt_block_indexes": [shape.vision_layers - 1],
+        "hidden_act": "silu",
+        "hidden_size": shape.vision_hidden,
+        "intermediate_size": shape.vision_ffn,
+        "out_hidden_size": shape.hidden,
+        "tokens_per_second": 2,
+        "window_size": shape.window,
+    }
+
+
 def weight_shapes(shape: TinyShape, *, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every weight of the model under its old name, in HF's own order."""
     width, merged, hidden = shape.vision_hidden, shape.merged, shape.hidden
     yield "visual.patch_embed.proj.weight", (width, 3, 2, shape.patch, shape.patch)
     for layer in range(shape.vision_layers):
         block = f"visual.blocks.{layer}."
-        yield block + "norm1.weight", (width,)
-        yield block + "norm2.weight", (width,)
+        yield from _norm(block + "norm1", shape)
+        yield from _norm(block + "norm2", shape)
         yield from _linear(block + "attn.qkv", 3 * width, width)
         yield from _linear(block + "attn.proj", width, width)
-        yield from _linear(block + "mlp.gate_proj", shape.vision_ffn, width)
-        yield from _linear(block + "mlp.up_proj", shape.vision_ffn, width)
-        yield from _linear(block + "mlp.down_proj", width, shape.vision_ffn)
-    yield "visual.merger.ln_q.weight", (width,)
+        if shape.family == "qwen2_vl":
+            yield from _linear(block + "mlp.fc1", shape.vision_ffn, width)
+            yield from _linear(block + "mlp.fc2", width, shape.vision_ffn)
+        else:
+            yield from _linear(block + "mlp.gate_proj", shape.vision_ffn, width)
+            yield from _linear(block + "mlp.up_proj", shape.vision_ffn, width)
+            yield from _linear(block + "mlp.down_proj", width, shape.vision_ffn)
+    yield from _norm("visual.merger.ln_q", shape)
     yield from _linear("visual.merger.mlp.0", merged, merged)
     yield from _linear("visual.merger.mlp.2", hidden, merged)
     yield "model.embed_tokens.weight", (vocab_size, hidden)
@@ -279,7 +303,7 @@ def random_weights(shape: TinyShape, *, vocab_size: int, seed: int = 0) -> Itera
     generator = np.random.default_rng(seed)
     for name, size in weight_shapes(shape, vocab_size=vocab_size):
         noise = generator.standard_normal(size, dtype=np.float32)
-        if "norm" in name or "ln_q" in name:
+        if name.endswith("weight") and ("norm" in name or "ln_q" in name):
             yield name, 1 + np.float32(0.1) * noise
         elif len(size) == 1 or "embed_tokens" in name or "lm_head" in name:
             yield name, np.float32(0.05) * noise
@@ -329,6 +353,13 @@ def _encode(array: np.ndarray, dtype: str) -> bytes:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
 
 
+def _norm(name: str, shape: TinyShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """RMSNorm; in Qwen2-VL LayerNorm, which has a bias."""
+    yield name + ".weight", (shape.vision_hidden,)
+    if shape.family == "qwen2_vl":
+        yield name + ".bias", (shape.vision_hidden,)
+
+
 def _linear(name: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield name + ".weight", (rows, columns)
     yield name + ".bias", (rows,)
@@ -365,7 +396,7 @@ def _preprocessor(shape: TinyShape, max_pixels: int) -> dict[str, Any]:
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
         "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
+        "processor_class": "Qwen2_5_VLProcessor" if shape.family == "qwen2_5_vl" else "Qwen2VLProcessor",
     }
 
 

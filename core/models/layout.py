@@ -74,7 +74,7 @@ def rank_layouts(config: Config, parallel: Split, *, canonical: bool = False) ->
     """Every rank file of a checkpoint, by pipeline rank. Raises IncompatiblePlan for an impossible split."""
     all_stages = stages(config, parallel)
     pp_size = len(parallel.llm_pp_layers[0])
-    check_canonical(parallel, canonical=canonical)
+    check_canonical(config.family, parallel, canonical=canonical)
     for pp_rank in range(pp_size):
         for tp_rank in range(parallel.tp_size):
             chunks = tuple(
@@ -91,8 +91,10 @@ def rank_layouts(config: Config, parallel: Split, *, canonical: bool = False) ->
             yield RankLayout(tp_rank=tp_rank, pp_rank=pp_rank, chunks=chunks)
 
 
-def check_canonical(parallel: Split, *, canonical: bool) -> None:
+def check_canonical(family: str, parallel: Split, *, canonical: bool) -> None:
     """MindSpeed-MM's converter and its canonical model disagree about the vision qkv at tp > 1; we do neither."""
+    if canonical and get_family(family).canonical_mapping is None:
+        raise IncompatiblePlan(f"there are no canonical checkpoints of {family}; leave canonical out")
     if canonical and parallel.tp_size > 1:
         raise IncompatiblePlan(f"canonical checkpoints have tp_size=1 only, not {parallel.tp_size}")
 
@@ -115,7 +117,7 @@ def stage_layout(
     if tied_copy is None:
         tied_copy = not stage.has_embedding
     layouts: dict[str, TensorLayout] = {}
-    for rule in family.canonical_mapping if canonical else family.mapping:
+    for rule in (family.canonical_mapping or ()) if canonical else family.mapping:
         if _tied(rule, config) and not tied_copy:
             continue
         shard = Replicate() if canonical else family.plan[rule.mm]

@@ -12,6 +12,7 @@ from core.models.mapping import Rule
 from core.models.plan import Plan, Stage, legal_tp
 from core.models.qwen2_5_vl import family as qwen2_5_vl
 from core.models.qwen2_5_vl.family import Config
+from core.models.qwen2_vl import family as qwen2_vl
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Family:
     """Published size -> config."""
     mapping: tuple[Rule, ...]
     """HF <-> mm, fused as MindSpeed-MM's training layers hold them."""
-    canonical_mapping: tuple[Rule, ...]
-    """HF <-> mm, unfused (`canonical_model: true`)."""
+    canonical_mapping: tuple[Rule, ...] | None
+    """HF <-> mm, unfused (`canonical_model: true`); None where MindSpeed-MM has no such model."""
     plan: Plan
     """mm name pattern -> tensor-parallel rule."""
-    model: str
-    """`module:class` of the pipeline stage; imports torch."""
+    model: str | None
+    """`module:class` of the pipeline stage; imports torch. None: the family is only converted."""
 
     def legal_tp(self, config: Config) -> list[int]:
         """Every tensor-parallel size that the model can be cut into."""
@@ -39,6 +40,7 @@ class Family:
 
     def build(self, config: Config, stage: Stage, **options: Any) -> Any:
         """The `torch.nn.Module` of one pipeline stage; options as its constructor takes them."""
+        assert self.model is not None, "submission refuses to train or evaluate a family without a model"
         module, name = self.model.split(":")
         return getattr(importlib.import_module(module), name)(config, stage, **options)
 
@@ -55,6 +57,16 @@ FAMILIES: dict[str, Family] = {
             canonical_mapping=qwen2_5_vl.CANONICAL_MAPPING,
             plan=qwen2_5_vl.PLAN,
             model="core.models.qwen2_5_vl.model:Qwen2_5_VLStage",
+        ),
+        Family(
+            name=qwen2_vl.NAME,
+            model_type=qwen2_vl.MODEL_TYPE,
+            parse_config=qwen2_vl.Config.from_hf,
+            sizes=qwen2_vl.SIZES,
+            mapping=qwen2_vl.MAPPING,
+            canonical_mapping=None,
+            plan=qwen2_vl.PLAN,
+            model=None,
         ),
     )
 }

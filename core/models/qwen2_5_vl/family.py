@@ -6,9 +6,9 @@ The mm names and permutations are MindSpeed-MM's; the table below is checked aga
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from core.errors import InvalidModel
 from core.models.mapping import Dims, FuseGateUp, FuseQKV, InterleaveQKV, Place, Rename, Rule
@@ -137,23 +137,25 @@ class Config:
 
 
 _VIT = "visual.blocks.{layer}."
-_VIT_MM = "image_encoder.encoder.blocks.layers.{layer}."
+VIT_MM = "image_encoder.encoder.blocks.layers.{layer}."
 _LLM = "model.layers.{layer}."
 _LLM_MM = "text_decoder.decoder.layers.{layer}."
-_PROJECTOR_MM = "image_encoder.projector."
+PROJECTOR_MM = "image_encoder.projector."
 
 
-def _vit(hf: str, mm: str, *shape: str) -> Rename:
-    return Rename(_VIT + hf, _VIT_MM + mm, Place.VIT_LAYER, tuple(f"vision_config.{name}" for name in shape))
+def vit(hf: str, mm: str, *shape: str) -> Rename:
+    """A weight of a vision block; `shape` names sizes of the vision config."""
+    return Rename(_VIT + hf, VIT_MM + mm, Place.VIT_LAYER, tuple(f"vision_config.{name}" for name in shape))
 
 
 def _llm(hf: str, mm: str, *shape: str) -> Rename:
     return Rename(_LLM + hf, _LLM_MM + mm, Place.LLM_LAYER, shape)
 
 
-def _projector(hf: str, mm: str, *shape: str) -> Rename:
+def projector(hf: str, mm: str, *shape: str) -> Rename:
+    """A weight of the merger, likewise."""
     return Rename(
-        "visual.merger." + hf, _PROJECTOR_MM + mm, Place.PROJECTOR, tuple(f"vision_config.{name}" for name in shape)
+        "visual.merger." + hf, PROJECTOR_MM + mm, Place.PROJECTOR, tuple(f"vision_config.{name}" for name in shape)
     )
 
 
@@ -164,7 +166,7 @@ def _text_qkv(kind: str, *tail: str) -> FuseQKV:
 
 
 def _vit_qkv(kind: str, *tail: str) -> InterleaveQKV:
-    hf, mm = f"{_VIT}attn.qkv.{kind}", f"{_VIT_MM}self_attention.linear_qkv.{kind}"
+    hf, mm = f"{_VIT}attn.qkv.{kind}", f"{VIT_MM}self_attention.linear_qkv.{kind}"
     return InterleaveQKV(hf, mm, Place.VIT_LAYER, "vision_config.num_heads", "vision_config.head_dim", tail)
 
 
@@ -183,21 +185,21 @@ MAPPING: tuple[Rule, ...] = (
         Place.PATCH_EMBED,
         tuple(f"vision_config.{name}" for name in _PATCH_SHAPE),
     ),
-    _vit("norm1.weight", "input_layernorm.weight", "hidden_size"),
-    _vit("norm2.weight", "pre_mlp_layernorm.weight", "hidden_size"),
+    vit("norm1.weight", "input_layernorm.weight", "hidden_size"),
+    vit("norm2.weight", "pre_mlp_layernorm.weight", "hidden_size"),
     _vit_qkv("weight", "vision_config.hidden_size"),
     _vit_qkv("bias"),
-    _vit("attn.proj.weight", "self_attention.linear_proj.weight", "hidden_size", "hidden_size"),
-    _vit("attn.proj.bias", "self_attention.linear_proj.bias", "hidden_size"),
-    _gate_up(_VIT, _VIT_MM, Place.VIT_LAYER, "weight", "vision_config.intermediate_size", "vision_config.hidden_size"),
-    _gate_up(_VIT, _VIT_MM, Place.VIT_LAYER, "bias", "vision_config.intermediate_size"),
-    _vit("mlp.down_proj.weight", "mlp.linear_fc2.weight", "hidden_size", "intermediate_size"),
-    _vit("mlp.down_proj.bias", "mlp.linear_fc2.bias", "hidden_size"),
-    _projector("ln_q.weight", "layernorm.weight", "hidden_size"),
-    _projector("mlp.0.weight", "encoder.linear_fc1.weight", "merged_size", "merged_size"),
-    _projector("mlp.0.bias", "encoder.linear_fc1.bias", "merged_size"),
-    _projector("mlp.2.weight", "encoder.linear_fc2.weight", "out_hidden_size", "merged_size"),
-    _projector("mlp.2.bias", "encoder.linear_fc2.bias", "out_hidden_size"),
+    vit("attn.proj.weight", "self_attention.linear_proj.weight", "hidden_size", "hidden_size"),
+    vit("attn.proj.bias", "self_attention.linear_proj.bias", "hidden_size"),
+    _gate_up(_VIT, VIT_MM, Place.VIT_LAYER, "weight", "vision_config.intermediate_size", "vision_config.hidden_size"),
+    _gate_up(_VIT, VIT_MM, Place.VIT_LAYER, "bias", "vision_config.intermediate_size"),
+    vit("mlp.down_proj.weight", "mlp.linear_fc2.weight", "hidden_size", "intermediate_size"),
+    vit("mlp.down_proj.bias", "mlp.linear_fc2.bias", "hidden_size"),
+    projector("ln_q.weight", "layernorm.weight", "hidden_size"),
+    projector("mlp.0.weight", "encoder.linear_fc1.weight", "merged_size", "merged_size"),
+    projector("mlp.0.bias", "encoder.linear_fc1.bias", "merged_size"),
+    projector("mlp.2.weight", "encoder.linear_fc2.weight", "out_hidden_size", "merged_size"),
+    projector("mlp.2.bias", "encoder.linear_fc2.bias", "out_hidden_size"),
     Rename(
         "model.embed_tokens.weight",
         "text_decoder.embedding.word_embeddings.weight",
@@ -223,21 +225,21 @@ MAPPING: tuple[Rule, ...] = (
 
 PLAN: Plan = {
     "image_encoder.encoder.patch_embed.proj.weight": Replicate(),
-    _VIT_MM + "input_layernorm.weight": Replicate(),
-    _VIT_MM + "pre_mlp_layernorm.weight": Replicate(),
-    _VIT_MM + "self_attention.linear_qkv.weight": GroupedQKV("vision_config.num_heads"),
-    _VIT_MM + "self_attention.linear_qkv.bias": GroupedQKV("vision_config.num_heads"),
-    _VIT_MM + "self_attention.linear_proj.weight": Column("vision_config.num_heads"),
-    _VIT_MM + "self_attention.linear_proj.bias": Replicate(),
-    _VIT_MM + "mlp.linear_fc1.weight": GateUp("vision_config.intermediate_size"),
-    _VIT_MM + "mlp.linear_fc1.bias": GateUp("vision_config.intermediate_size"),
-    _VIT_MM + "mlp.linear_fc2.weight": Column("vision_config.intermediate_size"),
-    _VIT_MM + "mlp.linear_fc2.bias": Replicate(),
-    _PROJECTOR_MM + "layernorm.weight": Replicate(),
-    _PROJECTOR_MM + "encoder.linear_fc1.weight": Row("vision_config.merged_size"),
-    _PROJECTOR_MM + "encoder.linear_fc1.bias": Row("vision_config.merged_size"),
-    _PROJECTOR_MM + "encoder.linear_fc2.weight": Column("vision_config.merged_size"),
-    _PROJECTOR_MM + "encoder.linear_fc2.bias": Replicate(),
+    VIT_MM + "input_layernorm.weight": Replicate(),
+    VIT_MM + "pre_mlp_layernorm.weight": Replicate(),
+    VIT_MM + "self_attention.linear_qkv.weight": GroupedQKV("vision_config.num_heads"),
+    VIT_MM + "self_attention.linear_qkv.bias": GroupedQKV("vision_config.num_heads"),
+    VIT_MM + "self_attention.linear_proj.weight": Column("vision_config.num_heads"),
+    VIT_MM + "self_attention.linear_proj.bias": Replicate(),
+    VIT_MM + "mlp.linear_fc1.weight": GateUp("vision_config.intermediate_size"),
+    VIT_MM + "mlp.linear_fc1.bias": GateUp("vision_config.intermediate_size"),
+    VIT_MM + "mlp.linear_fc2.weight": Column("vision_config.intermediate_size"),
+    VIT_MM + "mlp.linear_fc2.bias": Replicate(),
+    PROJECTOR_MM + "layernorm.weight": Replicate(),
+    PROJECTOR_MM + "encoder.linear_fc1.weight": Row("vision_config.merged_size"),
+    PROJECTOR_MM + "encoder.linear_fc1.bias": Row("vision_config.merged_size"),
+    PROJECTOR_MM + "encoder.linear_fc2.weight": Column("vision_config.merged_size"),
+    PROJECTOR_MM + "encoder.linear_fc2.bias": Replicate(),
     "text_decoder.embedding.word_embeddings.weight": Vocab(),
     _LLM_MM + "input_layernorm.weight": Replicate(),
     _LLM_MM + "pre_mlp_layernorm.weight": Replicate(),
@@ -323,7 +325,7 @@ SIZES: dict[str, Config] = {
 }
 
 
-class _Fields:
+class Fields:
     """Reads typed values out of one JSON object and names the field in every refusal."""
 
     def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
@@ -338,6 +340,7 @@ class _Fields:
         return default
 
     def refuse(self, name: str, value: object, wanted: str) -> InvalidModel:
+        """The error that names the field."""
         return InvalidModel(f"config.json: {self.prefix}{name} is {value!r}, but must be {wanted}")
 
     def size(self, *names: str, default: int | None = None) -> int:
@@ -379,27 +382,49 @@ class _Fields:
             raise self.refuse(name, value, "a list of integers")
         return tuple(value)
 
-    def object(self, *names: str) -> _Fields:
+    def object(self, *names: str) -> Fields:
         """A nested object; empty when absent."""
         for name in names:
             value = self.values.get(name)
             if isinstance(value, Mapping):
-                return _Fields(value, f"{self.prefix}{name}.")
+                return Fields(value, f"{self.prefix}{name}.")
             if value is not None:
                 raise self.refuse(name, value, "an object")
-        return _Fields({}, f"{self.prefix}{names[0]}.")
+        return Fields({}, f"{self.prefix}{names[0]}.")
 
 
 def _parse(config_json: Mapping[str, Any]) -> Config:
-    top = _Fields(config_json)
-    if config_json.get("model_type") != MODEL_TYPE:
-        raise top.refuse("model_type", config_json.get("model_type"), repr(MODEL_TYPE))
+    config = Config(**parse_parts(config_json, model_type=MODEL_TYPE, parse_vision=_parse_vision))
+    _check_vision(Fields(config_json).object("vision_config"), config)
+    return config
+
+
+class ConfigParts(TypedDict):
+    """The arguments of `Config`."""
+
+    text: TextConfig
+    vision: VisionConfig
+    tie_word_embeddings: bool
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    dtype: str
+
+
+def parse_parts(
+    config_json: Mapping[str, Any], *, model_type: str, parse_vision: Callable[[Fields, Fields], VisionConfig]
+) -> ConfigParts:
+    """What Qwen2-VL and Qwen2.5-VL name alike; `parse_vision` gets the vision tower's fields and the language model's."""
+    top = Fields(config_json)
+    if config_json.get("model_type") != model_type:
+        raise top.refuse("model_type", config_json.get("model_type"), repr(model_type))
     nested = top.object("text_config")
     text = nested if nested.values else top
     tied = top if "tie_word_embeddings" in config_json else nested
-    config = Config(
-        text=_parse_text(text),
-        vision=_parse_vision(top.object("vision_config"), text),
+    return ConfigParts(
+        text=parse_text(text),
+        vision=parse_vision(top.object("vision_config"), text),
         tie_word_embeddings=tied.flag("tie_word_embeddings", False),
         image_token_id=top.token("image_token_id", 151655),
         video_token_id=top.token("video_token_id", 151656),
@@ -407,11 +432,10 @@ def _parse(config_json: Mapping[str, Any]) -> Config:
         vision_end_token_id=top.token("vision_end_token_id", 151653),
         dtype=top.text("dtype", "torch_dtype", default=text.text("dtype", "torch_dtype", default="float32")),
     )
-    _check_vision(top.object("vision_config"), config)
-    return config
 
 
-def _parse_text(text: _Fields) -> TextConfig:
+def parse_text(text: Fields) -> TextConfig:
+    """The language model's part."""
     heads = text.size("num_attention_heads")
     rope = text.object("rope_parameters", "rope_scaling")
     config = TextConfig(
@@ -442,7 +466,7 @@ def _parse_text(text: _Fields) -> TextConfig:
     return config
 
 
-def _parse_vision(vision: _Fields, text: _Fields) -> VisionConfig:
+def _parse_vision(vision: Fields, text: Fields) -> VisionConfig:
     return VisionConfig(
         depth=vision.size("depth", default=32),
         hidden_size=vision.size("hidden_size", default=1280),
@@ -460,7 +484,7 @@ def _parse_vision(vision: _Fields, text: _Fields) -> VisionConfig:
     )
 
 
-def _check_vision(fields: _Fields, config: Config) -> None:
+def _check_vision(fields: Fields, config: Config) -> None:
     vision = config.vision
     if vision.hidden_act != "silu":
         raise fields.refuse("hidden_act", vision.hidden_act, "'silu'")

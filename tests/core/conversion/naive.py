@@ -27,7 +27,7 @@ def rank_files(
                 stage = chunk * pp + pp_rank
                 whole = stage_weights(hf, shape, stage, flat_llm, flat_vit, pp > 1, canonical)
                 key = "model" if vpp == 1 else f"model{chunk}"
-                part = {name: cut(name, array, tp, tp_rank) for name, array in whole.items()}
+                part = {name: cut(name, array, tp, tp_rank, gated(name, shape)) for name, array in whole.items()}
                 files.setdefault((tp_rank, pp_rank), {})[key] = part
     return files
 
@@ -44,7 +44,7 @@ def stage_weights(
         layer = sum(vit[:stage]) + local
         out |= vision_layer(hf, shape, f"visual.blocks.{layer}", f"{PREFIXES[0]}.{local}", canonical)
     if stage == vit_stages[-1]:
-        out["image_encoder.projector.layernorm.weight"] = hf["visual.merger.ln_q.weight"]
+        out |= norm(hf, shape, "visual.merger.ln_q", "image_encoder.projector.layernorm")
         for kind in ("weight", "bias"):
             out[f"image_encoder.projector.encoder.linear_fc1.{kind}"] = hf[f"visual.merger.mlp.0.{kind}"]
             out[f"image_encoder.projector.encoder.linear_fc2.{kind}"] = hf[f"visual.merger.mlp.2.{kind}"]
@@ -64,8 +64,8 @@ def stage_weights(
 
 def vision_layer(hf: Weights, shape: TinyShape, old: str, new: str, canonical: bool) -> dict[str, np.ndarray]:
     out = {
-        f"{new}.input_layernorm.weight": hf[f"{old}.norm1.weight"],
-        f"{new}.pre_mlp_layernorm.weight": hf[f"{old}.norm2.weight"],
+        **norm(hf, shape, f"{old}.norm1", f"{new}.input_layernorm"),
+        **norm(hf, shape, f"{old}.norm2", f"{new}.pre_mlp_layernorm"),
     }
     for kind in ("weight", "bias"):
         qkv = hf[f"{old}.attn.qkv.{kind}"]
@@ -75,10 +75,18 @@ def vision_layer(hf: Weights, shape: TinyShape, old: str, new: str, canonical: b
             qkv = np.concatenate([part[head] for head in range(shape.vision_heads) for part in heads])
         out[f"{new}.self_attention.linear_qkv.{kind}"] = qkv
         out[f"{new}.self_attention.linear_proj.{kind}"] = hf[f"{old}.attn.proj.{kind}"]
+        if shape.family == "qwen2_vl":
+            out |= {f"{new}.mlp.linear_{fc}.{kind}": hf[f"{old}.mlp.{fc}.{kind}"] for fc in ("fc1", "fc2")}
+            continue
         gate, up = hf[f"{old}.mlp.gate_proj.{kind}"], hf[f"{old}.mlp.up_proj.{kind}"]
         out |= gate_up(new, kind, gate, up, canonical)
         out[f"{new}.mlp.linear_fc2.{kind}"] = hf[f"{old}.mlp.down_proj.{kind}"]
     return out
+
+
+def norm(hf: Weights, shape: TinyShape, old: str, new: str) -> dict[str, np.ndarray]:
+    kinds = ("weight", "bias") if shape.family == "qwen2_vl" else ("weight",)
+    return {f"{new}.{kind}": hf[f"{old}.{kind}"] for kind in kinds}
 
 
 def text_layer(hf: Weights, shape: TinyShape, old: str, new: str, canonical: bool) -> dict[str, np.ndarray]:
@@ -106,10 +114,15 @@ def gate_up(new: str, kind: str, gate: np.ndarray, up: np.ndarray, canonical: bo
     return {f"{new}.mlp.linear_fc1.{kind}": np.concatenate([gate, up])}
 
 
-def cut(name: str, array: np.ndarray, tp: int, rank: int) -> np.ndarray:
+def gated(name: str, shape: TinyShape) -> bool:
+    """Whether an MLP has gate and up."""
+    return name.startswith("text_decoder") or (shape.family == "qwen2_5_vl" and "projector" not in name)
+
+
+def cut(name: str, array: np.ndarray, tp: int, rank: int, gated_mlp: bool) -> np.ndarray:
     """What one tensor-parallel rank gets."""
     module, kind = name.rsplit(".", 2)[-2:]
-    if module == "linear_fc1" and "projector" not in name:
+    if module == "linear_fc1" and gated_mlp:
         gate, up = np.split(array, 2)
         return np.concatenate([np.split(gate, tp)[rank], np.split(up, tp)[rank]])
     if module in ("linear_qkv", "linear_fc1", "word_embeddings", "output_layer"):

@@ -29,9 +29,10 @@ from core.models.plan import legal_tp
 from core.specs.parallel import ParallelSpec
 from tests.core.conversion import naive
 from tests.core.conversion.conftest import ONE, SHAPE, TWO_BY_TWO, VIRTUAL, folder_bytes, hf_weights, load, split
-from tests.tiny import TinyShape, tiny_model, write_safetensors
+from tests.tiny import ARCHITECTURES, TinyShape, tiny_model, write_safetensors
 
 TIED = TinyShape(vision_layers=3, text_layers=4, tied=True)
+OLDER = TinyShape(vision_layers=3, text_layers=4, vision_ffn=128, family="qwen2_vl")
 WIDE = TinyShape(vision_layers=3, text_layers=4, vision_heads=8, vision_ffn=64, heads=8, kv_heads=8, ffn=128)
 
 
@@ -53,7 +54,7 @@ def edit_rank(mm_dir: Path, rank: str, **changes: torch.Tensor | None) -> None:
 class TestFormat:
     """The files are those of an independent implementation of the format, in every key, shape, type and byte."""
 
-    @pytest.mark.parametrize("shape", [SHAPE, TIED, WIDE], ids=["untied", "tied", "wide"])
+    @pytest.mark.parametrize("shape", [SHAPE, TIED, WIDE, OLDER], ids=["untied", "tied", "wide", "qwen2_vl"])
     @pytest.mark.parametrize(
         "parallel",
         [ONE, split([[4]], [[3]], 2), TWO_BY_TWO, VIRTUAL, split([[0, 0, 2, 2]], [[2, 1, 0, 0]], 2)],
@@ -69,6 +70,11 @@ class TestFormat:
         parallel = split([[4]], [[3]], 8)
         hf_to_mm(source, tmp_path / "mm", parallel)
         self.assert_equal(tmp_path / "mm", source, WIDE, parallel)
+
+    def test_there_is_no_canonical_qwen2_vl(self, tmp_path: Path) -> None:
+        source = inspect_hf_folder(tiny_model(tmp_path / "hf", shape=OLDER))
+        with pytest.raises(IncompatiblePlan, match="no canonical checkpoints of qwen2_vl"):
+            hf_to_mm(source, tmp_path / "mm", ONE, canonical=True)
 
     def test_canonical(self, tmp_path: Path, source: HFFolder) -> None:
         parallel = split([[1, 3]], [[3, 0]])
@@ -123,9 +129,12 @@ class TestRoundTrip:
     @pytest.mark.parametrize("names", ["old", "new"])
     @pytest.mark.parametrize("num_shards", [1, 3])
     @pytest.mark.parametrize("nested", [True, False])
-    def test_a_folder_comes_back_as_it_was(self, tmp_path: Path, names: str, num_shards: int, nested: bool) -> None:
+    @pytest.mark.parametrize("shape", [SHAPE, OLDER], ids=["qwen2_5_vl", "qwen2_vl"])
+    def test_a_folder_comes_back_as_it_was(
+        self, tmp_path: Path, names: str, num_shards: int, nested: bool, shape: TinyShape
+    ) -> None:
         path = tiny_model(
-            tmp_path / "hf", shape=SHAPE, names=names, num_shards=num_shards, nested_config=nested, dtype="bfloat16"
+            tmp_path / "hf", shape=shape, names=names, num_shards=num_shards, nested_config=nested, dtype="bfloat16"
         )
         source = inspect_hf_folder(path)
         hf_to_mm(source, tmp_path / "mm", VIRTUAL)
@@ -166,11 +175,13 @@ class TestRoundTrip:
     @given(data=st.data())
     def test_hf_mm_reshard_hf_is_exact(self, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
         kv_heads = data.draw(st.sampled_from([1, 2, 4, 8]), "kv heads")
+        family = data.draw(st.sampled_from(["qwen2_5_vl", "qwen2_vl"]), "family")
+        vision_ffns = {"qwen2_5_vl": [24, 40, 48], "qwen2_vl": [32, 64]}  # Qwen2-VL's is a multiple of the width
         shape = TinyShape(
             vision_layers=data.draw(st.integers(1, 4), "vision layers"),
             vision_hidden=32,
             vision_heads=data.draw(st.sampled_from([1, 2, 4, 8]), "vision heads"),
-            vision_ffn=data.draw(st.sampled_from([24, 40, 48]), "vision ffn"),
+            vision_ffn=data.draw(st.sampled_from(vision_ffns[family]), "vision ffn"),
             text_layers=data.draw(st.integers(1, 5), "text layers"),
             hidden=128,
             heads=kv_heads
@@ -178,6 +189,7 @@ class TestRoundTrip:
             kv_heads=kv_heads,
             ffn=data.draw(st.sampled_from([48, 80, 112]), "ffn"),
             tied=data.draw(st.booleans(), "tied"),
+            family=family,
         )
         root = tmp_path_factory.mktemp("round")
         dtype = data.draw(st.sampled_from(["float32", "bfloat16"]), "dtype")
@@ -338,9 +350,10 @@ class TestDiskFull:
 
 
 class TestTransformers:
-    def test_an_export_computes_the_same_logits(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("shape", [SHAPE, OLDER], ids=["qwen2_5_vl", "qwen2_vl"])
+    def test_an_export_computes_the_same_logits(self, tmp_path: Path, shape: TinyShape) -> None:
         transformers = pytest.importorskip("transformers")
-        path = tiny_model(tmp_path / "hf", shape=SHAPE, names="new", nested_config=True)
+        path = tiny_model(tmp_path / "hf", shape=shape, names="new", nested_config=True)
         source = inspect_hf_folder(path)
         hf_to_mm(source, tmp_path / "first", VIRTUAL)
         folder = inspect_mm_folder(tmp_path / "first")
@@ -356,9 +369,8 @@ class TestTransformers:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == image).int()
         logits = []
         for folder_path in (path, back.path):
-            model, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                folder_path, output_loading_info=True
-            )
+            architecture = getattr(transformers, ARCHITECTURES[shape.family])
+            model, report = architecture.from_pretrained(folder_path, output_loading_info=True)
             assert not report["missing_keys"]
             assert not report["unexpected_keys"]
             with torch.no_grad():

@@ -26,12 +26,14 @@ class TestTables:
         assert set(names) == set(family.plan)
 
     def test_no_hf_weight_is_named_by_two_rules(self, family: Family) -> None:
-        for mapping in (family.mapping, family.canonical_mapping):
+        for mapping in (family.mapping, family.canonical_mapping or ()):
             dims = next(iter(family.sizes.values())).dims()
             names = [name for rule in mapping for name in rule.hf_shapes(dims)]
             assert len(names) == len(set(names))
 
     def test_both_mappings_take_the_same_hf_weights_of_the_same_shapes(self, family: Family) -> None:
+        if family.canonical_mapping is None:
+            pytest.skip("no canonical form")
         dims = next(iter(family.sizes.values())).dims()
         shapes = [
             {name: shape for rule in mapping for name, shape in rule.hf_shapes(dims).items()}
@@ -52,17 +54,29 @@ class TestQwen25VL:
         assert len(fused) == 10 * 32 + 1 + 5 + 7 * 28 + 1 + 1 + 1
 
 
+class TestQwen2VL:
+    def test_published_sizes_have_the_known_number_of_weights(self) -> None:
+        sizes = get_family("qwen2_vl").sizes
+        assert len(hf_shapes(sizes["7B"])) == 730  # what Qwen2-VL-7B-Instruct's index lists
+        assert len(hf_shapes(sizes["2B"])) == 729  # tied: no lm_head
+
+    @pytest.mark.parametrize(("size", "legal"), [("2B", [1, 2]), ("7B", [1, 2, 4]), ("72B", [1, 2, 4, 8])])
+    def test_legal_tensor_parallel_sizes(self, size: str, legal: list[int]) -> None:
+        family = get_family("qwen2_vl")
+        assert family.legal_tp(family.sizes[size]) == legal
+
+
 class TestDetect:
     def test_by_model_type(self) -> None:
         assert detect({"model_type": "qwen2_5_vl"}).name == "qwen2_5_vl"
 
     @pytest.mark.parametrize("config", [{"model_type": "llama"}, {}])
     def test_others_are_refused_with_the_known_ones(self, config: dict[str, str]) -> None:
-        with pytest.raises(InvalidModel, match="supported: qwen2_5_vl"):
+        with pytest.raises(InvalidModel, match="supported: qwen2_5_vl, qwen2_vl"):
             detect(config)
 
     def test_an_unknown_name_is_not_found(self) -> None:
-        with pytest.raises(NotFound, match="known: qwen2_5_vl"):
+        with pytest.raises(NotFound, match="known: qwen2_5_vl, qwen2_vl"):
             get_family("qwen")
 
 
