@@ -113,12 +113,13 @@ class TestEngine:
             runners.append(start("temper", tmp_path, options, name=policy))
         take_turns(runners, rounds=4)
         print(f"\n(c) recompute, both towers trained, half the width, 4 + 4 layers, {batch} × 512 tokens; {machine()}")
-        print(f"{'policy':<12}{'step s':>9}{'speed':>18}{'peak MiB':>10}{'memory':>9}")
+        print(f"{'policy':<12}{'step s':>9}{'speed':>18}{'by CPU':>8}{'peak MiB':>10}{'memory':>9}")
         for runner in runners:
             middle, low, high = ratio(runners[0].wall_s, runner.wall_s)
+            cpu, _, _ = ratio(runners[0].cpu_s, runner.cpu_s)
             print(
                 f"{runner.name:<12}{statistics.median(runner.wall_s):>9.2f}{middle:>8.2f} ({low:.2f}-{high:.2f})"
-                f"{runner.peak_bytes / 2**20:>10.0f}{runner.peak_bytes / runners[0].peak_bytes:>9.2f}"
+                f"{cpu:>8.2f}{runner.peak_bytes / 2**20:>10.0f}{runner.peak_bytes / runners[0].peak_bytes:>9.2f}"
             )
         check_losses(runners)
 
