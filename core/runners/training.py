@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ from core.specs.training import RecomputeSpec, RecomputeSpecs, TrainingSpec
 from core.training.checkpoint import FACTS, Checkpoints, Facts, Position, Together, write_tracker
 from core.training.checks import largest_micro_batch
 from core.training.freeze import ParameterRow, freeze, summary
+from core.training.heartbeat import Heartbeat, end_process
 from core.training.optimizer import Optimizer
 from core.training.trainer import Outcome, Trainer
 from core.training.wiring import Head, build_pipeline, join, shard_chunks
@@ -61,6 +63,8 @@ from core.training.wiring import Head, build_pipeline, join, shard_chunks
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PATCH_HEADROOM = 1.25
 """Static shapes: patches that a micro-batch can hold, relative to what its tokens have on average."""
+STALL_LIMIT_S = 1800.0
+"""Without progress for so long a training is taken to hang: longer than any phase of a step, a large checkpoint included."""
 REHEARSED_STEPS = 200
 """Steps whose micro-batches are looked through for the largest, which runs first."""
 
@@ -116,7 +120,7 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
     with Together(mesh):
         if resume_path is not None and facts.has_optimizer:
             _restore(checkpoints.load_state(resume_path), optimizer, accelerator)
-    _tell(ctx, mesh, table)
+    counts = _tell(ctx, mesh, table)
 
     targets_only = mesh.tp_group is None and not accelerator.static_shapes
     head = Head(chunks[-1], accelerator.device, mesh, targets_only=targets_only)
@@ -135,14 +139,29 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
     )
     if resume_path is None:
         trainer.rehearse(_largest_batch(dataset, spec, mesh, own_stages[0], config, accelerator))
-    with _loader(dataset, spec, mesh, own_stages[0], config, accelerator, facts.position) as loader:
+    with (
+        Heartbeat(
+            ctx.attempt_dir / "heartbeats", ctx.rank, fail=partial(_end, ctx), limit_s=STALL_LIMIT_S
+        ) as heartbeat,
+        _loader(dataset, spec, mesh, own_stages[0], config, accelerator, facts.position) as loader,
+    ):
+        trainer.heartbeat = heartbeat
         outcome = trainer.train(loader)
     if mesh.rank == 0:
         finished = outcome is Outcome.FINISHED
-        publish(ctx, checkpoints, finished=finished, metadata=_metadata(family, config_json, spec))
+        publish(
+            ctx, checkpoints, finished=finished, metadata={**_metadata(family, config_json, spec), "trained": counts}
+        )
         if finished:  # nothing resumes from here any more; the artifacts hold the same files
             shutil.rmtree(ctx.job_dir / "checkpoints")
     return outcome
+
+
+def _end(ctx: RunContext, error: AppError) -> None:
+    """Tell the job's error and end this process; its main thread waits for something that does not come."""
+    ctx.log.error("%s: %s", error.code, error.message)
+    ctx.failed(error)
+    end_process()
 
 
 def find_config(source: InputArtifact) -> tuple[Family, dict[str, Any]]:
@@ -402,8 +421,8 @@ def _patch_budget(dataset: TokenisedDataset, token_budget: int, config: Config) 
     return math.ceil(wanted / unit) * unit
 
 
-def _tell(ctx: RunContext, mesh: Mesh, table: Sequence[ParameterRow]) -> None:
-    """Log what is trained, and keep the table of all parameters of all stages with the attempt."""
+def _tell(ctx: RunContext, mesh: Mesh, table: Sequence[ParameterRow]) -> dict[str, dict[str, int]]:
+    """Log what is trained, and keep the table of all parameters of all stages with the attempt; return its sums."""
     gathered = Together(mesh).gather(list(table) if mesh.dp_rank == mesh.tp_rank == 0 else [])
     rows = [row for part in gathered for row in part]
     for tower, counts in summary(rows).items():
@@ -416,6 +435,7 @@ def _tell(ctx: RunContext, mesh: Mesh, table: Sequence[ParameterRow]) -> None:
         ]
         path = ctx.attempt_dir / "parameters.json"
         path.write_text(json.dumps({"summary": summary(rows), "stages": stages_of}, indent=1), encoding="utf-8")
+    return summary(rows)
 
 
 def _metadata(family: Family, config_json: dict[str, Any], spec: TrainingSpec) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
@@ -29,6 +29,7 @@ from core.parallel.pipeline import Pipeline
 from core.specs.training import TrainingSpec
 from core.training.checkpoint import Checkpoints, Facts, Position
 from core.training.checks import FirstStep, OutOfMemory
+from core.training.heartbeat import Heartbeat
 from core.training.meters import Meters, log_line, mindspeed_line
 from core.training.optimizer import Optimizer, build_schedule
 from core.training.wiring import Head
@@ -100,6 +101,7 @@ class Trainer:
     checkpoints: Checkpoints
     facts: Facts
     reporter: Reporter
+    heartbeat: Heartbeat | None = None
     saved_at: int | None = None
     num_skipped_in_a_row: int = 0
     meters: Meters = field(default_factory=lambda: Meters(time.perf_counter))
@@ -113,13 +115,16 @@ class Trainer:
         is_checked = False
         while self.facts.position.iteration < spec.train_iters:
             began = time.perf_counter()
+            self._at("data")
             step = next(loaded)
             batches = [batch for batch in step.micro_batches if batch.rows]
             wait_s = time.perf_counter() - began
             learning_rate = schedule.at(self.facts.position.iteration)
 
+            self._at("compute", batches)
             self.optimizer.clear_gradients()
             self.pipeline.run(batches)
+            self._at("reduce", batches)
             self.optimizer.reduce_gradients()
             everyone = self._exchange(self.head.take(), batches, wait_s)
             if first is None and not is_checked and learning_rate > 0:
@@ -187,6 +192,7 @@ class Trainer:
         iteration = self.facts.position.iteration
         if self.saved_at == iteration:
             return
+        self._at("save")
         began = time.perf_counter()
         state = None
         if self.spec.checkpoint.save_optim:
@@ -197,6 +203,12 @@ class Trainer:
         seconds = time.perf_counter() - began
         self.meters.paused(seconds)
         self.reporter.log.info("saved checkpoint at iteration %d in %.1f s", iteration, seconds)
+
+    def _at(self, phase: str, batches: Sequence[PackedBatch] = ()) -> None:
+        """Tell the stall guard what comes now."""
+        if self.heartbeat is not None:
+            rows = [row for batch in batches for row in batch.rows]
+            self.heartbeat.phase(self.facts.position.iteration + 1, phase, rows)
 
     def _exchange(self, losses: list[float], batches: list[PackedBatch], wait_s: float) -> Exchanged:
         """Let every rank know what each has seen in this step, in one all-reduce."""
