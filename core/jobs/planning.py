@@ -22,10 +22,11 @@ from core.jobs import repository
 from core.jobs.inspection import inspect_folder
 from core.jobs.lifecycle import JobState
 from core.jobs.principal import Principal
+from core.models.layout import check_canonical
 from core.models.memory import LayerRecompute, Workload, activation_bytes, in_flight, training_memory
 from core.models.plan import Stage, stages
 from core.models.qwen2_5_vl.family import Config
-from core.models.registry import detect
+from core.models.registry import detect, get_family
 from core.scheduler.placement import Need
 from core.settings import Settings
 from core.specs import ConversionSpec, DatasetSpec, EvaluationSpec, JobSpec, TrainingSpec, parse_stored_spec
@@ -211,13 +212,13 @@ class Planner:
         """What a job that has not finished will make."""
         spec = parse_stored_spec(job.kind, job.spec)
         match spec:
-            case ConversionSpec(operation="mm_to_hf"):
-                source = self._look_up(spec.source)
-                return Subject("hf_model", {"config": source.metadata.get("config")}, source.size_bytes, job=job)
             case ConversionSpec():
                 source = self._look_up(spec.source)
+                config = (self._look_up(spec.hf_source) if spec.hf_source else source).metadata.get("config")
+                if spec.operation == "mm_to_hf":
+                    return Subject("hf_model", {"config": config}, source.size_bytes, job=job)
                 metadata = {
-                    "config": source.metadata.get("config"),
+                    "config": config,
                     "parallel": _dump(spec.parallel),
                     "canonical": spec.canonical,
                 }
@@ -259,7 +260,7 @@ class Planner:
                 code="wrong_artifact_kind",
             )
         plan.disk_bytes = source.size_bytes
-        if source.config is None and "hf_source" in subjects:
+        if "hf_source" in subjects:
             source = replace(
                 source, metadata={**source.metadata, "config": subjects["hf_source"].metadata.get("config")}
             )
@@ -271,6 +272,7 @@ class Planner:
                 )
         if source.config is not None and spec.parallel is not None:
             stages(source.config, spec.parallel)
+            check_canonical(source.config.family, spec.parallel, canonical=spec.canonical)
 
     def _source_layout(self, spec: ConversionSpec, source: Subject) -> None:
         known = source.layout
@@ -321,6 +323,7 @@ class Planner:
         config = model.config
         if config is None:
             return
+        _require_model("spec.model", config)
         stages(config, spec.parallel)
         self._memory(spec, config, plan)
         if model.size_bytes is not None:
@@ -350,6 +353,8 @@ class Planner:
         if data is not None and data.metadata.get("num_validation") == 0:
             raise InvalidDataset("spec.dataset has no held-out rows", hint="build it with validation_fraction above 0")
         for name in ("model", "base"):
+            if name in subjects and (config := subjects[name].config) is not None:
+                _require_model(f"spec.{name}", config)
             if name in subjects and subjects[name].metadata.get("canonical"):
                 raise UnsupportedOption(
                     f"spec.{name}: a canonical (unfused) checkpoint cannot be evaluated; convert it with mm_to_hf first"
@@ -501,6 +506,13 @@ def _layer_recompute(spec: RecomputeSpec | None) -> LayerRecompute:
     return LayerRecompute(
         spec.recompute_granularity, spec.recompute_method or "uniform", spec.recompute_num_layers or 1
     )
+
+
+def _require_model(field: str, config: Config) -> None:
+    if get_family(config.family).model is None:
+        raise UnsupportedOption(
+            f"{field}: this version only converts {config.family}; it neither trains nor evaluates it"
+        )
 
 
 def _dump(parallel: ParallelSpec | None) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Qwen2.5-VL: all that is known of it without torch: config, sizes, weight mapping, shard plan.
 
-The mm names and permutations are MindSpeed-MM's; the table below is checked against an independent re-implementation in
-`tests/core/models/test_layout.py`.
+The mm names and permutations are MindSpeed-MM's; the table below is checked against an independent re-implementation,
+`tests/core/conversion/naive.py`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,19 @@ from core.jobs.lifecycle import JobState, transition
 from core.jobs.principal import Principal
 from core.settings import Settings
 from core.storage.local import Store
-from tests.factories import ADMIN, ALICE, BOB, LAYOUT_7B, add_artifact, add_node, dataset_source, hf_7b, request, submit
+from tests.factories import (
+    ADMIN,
+    ALICE,
+    BOB,
+    LAYOUT_7B,
+    QWEN_7B,
+    add_artifact,
+    add_node,
+    dataset_source,
+    hf_7b,
+    request,
+    submit,
+)
 
 
 @pytest.fixture
@@ -109,6 +121,26 @@ class TestRefusals:
         error = self.refuse(database, settings, "training", {"parallel": {**LAYOUT_7B, "nproc_per_node": 8}})
         assert error.code == "not_enough_devices"
         assert "node-a: 2 cpu" in error.message
+
+    def test_a_family_that_is_only_converted(self, database: Database, settings: Settings) -> None:
+        vision = {"depth": 32, "hidden_size": 3584}
+        metadata = {"config": {**QWEN_7B, "model_type": "qwen2_vl", "vision_config": vision}}
+        with database.write() as session:
+            older, data = add_artifact(session, "hf_model", metadata), add_artifact(session, "dataset")
+            reference = {"artifact": older.id}
+            submit(
+                session, settings, "conversion", {"operation": "hf_to_mm", "source": reference, "parallel": LAYOUT_7B}
+            )
+            evaluation = {"model": reference, "prompts": [{"text": "What?"}]}
+            for kind, spec in (("training", training_spec(older, data)), ("evaluation", evaluation)):
+                with pytest.raises(UnsupportedOption, match=r"spec\.model: this version only converts qwen2_vl"):
+                    submit(session, settings, kind, spec)
+
+    def test_a_canonical_checkpoint_of_several_ranks(self, database: Database, settings: Settings) -> None:
+        change = {"parallel": {**LAYOUT_7B, "tp_size": 2}, "canonical": True}
+        error = self.refuse(database, settings, "conversion", change)
+        assert isinstance(error, IncompatiblePlan)
+        assert "tp_size=1 only" in error.message
 
     def test_an_artifact_of_the_wrong_kind(self, database: Database, settings: Settings) -> None:
         with database.write() as session:

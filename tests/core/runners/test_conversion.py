@@ -138,6 +138,10 @@ class TestThereAndBack:
         spec = {"operation": "mm_to_hf", "source_parallel": PARALLEL}
         back = jobs.run(spec | {"hf_source": {"artifact": ART}}, source=source, hf_source=model)
         assert inspect_hf_folder(back.path).weight_map == inspect_hf_folder(model.path).weight_map
+        other = {"operation": "reshard", "source_parallel": PARALLEL, "parallel": OTHER}
+        resharded = jobs.run(other | {"hf_source": {"artifact": ART}}, source=source, hf_source=model)
+        assert (resharded.path / "hf/tokenizer.json").read_bytes() == (model.path / "tokenizer.json").read_bytes()
+        assert resharded.metadata["config"] == model.metadata["config"]
         with pytest.raises(InvalidSpec, match="give hf_source"):
             jobs.run(spec, source=source)
         with pytest.raises(InvalidSpec, match="give source_parallel"):
