@@ -1,4 +1,5 @@
-"""What nobody will come back for: abandoned uploads, and temporary folders of artifacts whose writers died.
+"""What nobody will come back for: abandoned uploads, temporary folders of artifacts whose writers died, and what conversions that
+were cancelled had finished.
 
 The age of a temporary folder is that of its newest file, so one that is being written, however large, is left alone.
 """
@@ -28,7 +29,8 @@ def clean(database: Database, settings: Settings, now: datetime) -> None:
     """Remove what is too old."""
     store = Store(settings.store_dir)
     expire_uploads(database, store, now - timedelta(seconds=settings.upload_ttl_s))
-    remove_scraps(store.temporary_root, older_than=time.time() - _SCRAP_AGE_S)
+    for folder in (store.temporary_root, *store.root.glob("jobs/*/conversion")):
+        remove_scraps(folder, older_than=time.time() - _SCRAP_AGE_S)
 
 
 def expire_uploads(database: Database, store: Store, before: datetime) -> None:

@@ -58,3 +58,14 @@ class TestRemoveScraps:
     def test_a_store_without_scraps_is_fine(self, tmp_path: Path) -> None:
         housekeeping.remove_scraps(tmp_path / "missing", older_than=time.time())
         assert not (tmp_path / "missing").exists()
+
+    def test_what_a_conversion_finished_goes_when_no_attempt_has_come_for_a_day(
+        self, database: Database, settings: Settings
+    ) -> None:
+        work = Store(settings.store_dir).job_dir("job_x") / "conversion"
+        for attempt in ("1", "2"):
+            (work / attempt / "files").mkdir(parents=True)
+        for path in (work / "1" / "files", work / "1"):
+            os.utime(path, (0, 0))
+        housekeeping.clean(database, settings, utcnow())
+        assert [path.name for path in work.iterdir()] == ["2"]
