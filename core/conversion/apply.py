@@ -122,6 +122,7 @@ def chunks(
     row_bytes = width(layout.shape) * ITEM_SIZE[stored]
     unreleased = 0
     for run in _runs(layout_parts(layout, source), row_bytes):
+        reach = max(1, max(part.data.strides[0] for part in run) // row_bytes)  # a cut of columns touches whole rows
         for start, stop in row_steps(run[0].row, max(part.stop for part in run), row_bytes):
             chunk = assemble(run, start, stop, row_bytes)
             finite = findings is None or findings.look(chunk, stored, run, start)
@@ -129,7 +130,7 @@ def chunks(
             if findings is not None and finite and wanted != stored and not all_finite(out, wanted):
                 findings.overflowed(run)
             yield out
-            unreleased += chunk.nbytes
+            unreleased += reach * chunk.nbytes
             if unreleased >= RELEASE_BYTES:
                 source.release()
                 unreleased = 0

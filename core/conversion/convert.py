@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from core.conversion.mm import MMWeights, rank_tree, write_tracker
 from core.conversion.pt import write_pt
 from core.conversion.verify import check_complete, check_consumed, check_equal
 from core.conversion.writing import OutFile, Quiet, SharedWatch, Watch, write_files
-from core.errors import Conflict, CorruptCheckpoint, InvalidModel, UnknownWeights
+from core.errors import Conflict, InvalidModel, UnknownWeights
 from core.models.hf_folder import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -33,8 +33,8 @@ from core.models.hf_folder import (
     read_header,
     read_index,
 )
-from core.models.layout import TensorLayout, hf_shapes, rank_layouts, tied_names
-from core.models.mapping import old_name
+from core.models.layout import RankLayout, TensorLayout, hf_shapes, rank_layouts, tied_names
+from core.models.mapping import Shape, old_name
 from core.models.mm_folder import RANK_FILE, MMFolder, inspect_mm_folder, rank_dir
 from core.models.plan import Split
 from core.models.qwen2_5_vl.family import Config
@@ -74,9 +74,9 @@ def hf_to_mm(
     different = weights.differing_copies(tied_names(source.config))
     if different:
         raise InvalidModel(f"{listed(different)} differs from the embedding, but config.json ties them")
-    _require_empty(target, journal)
-    output = _MMOutput(source.config, parallel, canonical, dtype, verify)
-    written = _write_mm(weights, output, target, SharedWatch(watch or Quiet()), journal)
+    require_empty(target, journal)
+    output = _model_output(source.config, parallel, canonical=canonical, dtype=dtype, verify=verify)
+    written = write_mm(weights, output, target, SharedWatch(watch or Quiet()), journal)
     copy_model_files(source.path, target / "hf", dtype=dtype, allow_roots=allow_roots)
     if not (target / "hf" / INDEX_FILE).exists():  # the index is also what remembers the source's key names
         write_index(target / "hf", source.weight_map, source.total_bytes)
@@ -104,8 +104,9 @@ def reshard(
     """
     shared = SharedWatch(watch or Quiet())
     weights = _open_mm(source, config, source_parallel, shared)
-    _require_empty(target, journal)
-    written = _write_mm(weights, _MMOutput(config, parallel, canonical, dtype, verify), target, shared, journal)
+    require_empty(target, journal)
+    output = _model_output(config, parallel, canonical=canonical, dtype=dtype, verify=verify)
+    written = write_mm(weights, output, target, shared, journal)
     hf_files = hf_files or source.hf_dir
     if hf_files is not None:
         copy_model_files(hf_files, target / "hf", dtype=dtype, allow_roots=allow_roots)
@@ -136,18 +137,18 @@ def mm_to_hf(
     check_consumed(shapes, weights.blocks())
     keys = _keys(hf_files, config)
     stored = dict(_stored_as(keys, config))
-    sizes = {key: _size(whole_tensor(name, shapes[name]), weights, dtype, key) for key, name in stored.items()}
+    sizes = {key: tensor_bytes(whole_tensor(name, shapes[name]), weights, dtype, key) for key, name in stored.items()}
     files = _assign(sizes, None if max_shard_bytes else keys, max_shard_bytes or DEFAULT_SHARD_BYTES)
-    _require_empty(target, journal)
+    require_empty(target, journal)
     outputs = []
     for file, names in files.items():
         layouts = {key: whole_tensor(stored[key], shapes[stored[key]]) for key in names}
         findings = Findings()
-        tensors = _out_tensors(layouts, weights, dtype, shared, findings)
+        tensors = out_tensors(layouts, weights, dtype, shared, findings)
         size_bytes = sum(sizes[key] for key in names)
         outputs.append(OutFile(file, size_bytes, partial(write_safetensors, tensors=tensors), findings))
     make_folder(target)
-    digests = _write(target, outputs, shared, journal, to_verify=sum(sizes.values()) if verify else 0)
+    digests = write_all(target, outputs, shared, journal, to_verify=sum(sizes.values()) if verify else 0)
     if list(files) != [SINGLE_FILE]:
         write_index(target, {key: file for file, names in files.items() for key in names}, sum(sizes.values()))
     copy_model_files(hf_files, target, dtype=dtype, allow_roots=allow_roots)
@@ -202,50 +203,57 @@ def _set_dtype(config_file: Path, dtype: str) -> None:
 
 def _open_mm(source: MMFolder, config: Config, parallel: Split, watch: SharedWatch) -> MMWeights:
     weights = MMWeights(source, config, parallel)
-    tied, others = weights.differing_replicas()
-    if tied:
-        raise CorruptCheckpoint(f"{listed(tied)} differs from the embedding, but config.json ties them")
-    if others:
-        watch.warn("replicas_differ", f"not equal on all tensor-parallel ranks, rank 0 is taken: {listed(others)}")
+    weights.warn_of_replicas(watch)
     return weights
 
 
 @dataclass(frozen=True)
-class _MMOutput:
-    """What is asked for."""
+class MMOutput:
+    """What is to be written."""
 
-    config: Config
-    parallel: Split
-    canonical: bool
+    shapes: Mapping[str, Shape]
+    """HF name -> shape of everything that must go in."""
+    ranks: list[RankLayout]
+    pp_size: int
     dtype: str | None
-    verify: bool
+    reopen: Callable[[Path], MMWeights] | None
+    """Opens what was written, to verify it; None: it is not."""
 
 
-def _write_mm(
-    weights: WeightSource, output: _MMOutput, target: Path, watch: SharedWatch, journal: Journal | None
+def _model_output(config: Config, parallel: Split, *, canonical: bool, dtype: str | None, verify: bool) -> MMOutput:
+    return MMOutput(
+        shapes=hf_shapes(config),
+        ranks=list(rank_layouts(config, parallel, canonical=canonical)),
+        pp_size=len(parallel.llm_pp_layers[0]),
+        dtype=dtype,
+        reopen=(lambda path: MMWeights(inspect_mm_folder(path, parallel), config, parallel)) if verify else None,
+    )
+
+
+def write_mm(
+    weights: WeightSource, output: MMOutput, target: Path, watch: SharedWatch, journal: Journal | None
 ) -> Written:
-    config, parallel = output.config, output.parallel
-    ranks = list(rank_layouts(config, parallel, canonical=output.canonical))
-    all_layouts = [layouts for rank in ranks for layouts in rank.chunks]
+    """Check the plan, write the rank files and the tracker, and verify them where that is asked for."""
+    all_layouts = [layouts for rank in output.ranks for layouts in rank.chunks]
     for layouts in all_layouts:
         check_complete(layouts)
-    check_consumed(
-        hf_shapes(config), (block for layouts in all_layouts for tensor in layouts.values() for block in tensor.blocks)
-    )
+    blocks = (block for layouts in all_layouts for tensor in layouts.values() for block in tensor.blocks)
+    check_consumed(output.shapes, blocks)
     files, tensors = [], []
-    for rank in ranks:
+    for rank in output.ranks:
         findings = Findings()
-        chunks = tuple(_out_tensors(layouts, weights, output.dtype, watch, findings) for layouts in rank.chunks)
+        chunks = tuple(out_tensors(layouts, weights, output.dtype, watch, findings) for layouts in rank.chunks)
         tensors += (inside := [tensor for chunk in chunks for tensor in chunk.values()])
-        path = f"{rank_dir('release', rank.tp_rank, rank.pp_rank, len(parallel.llm_pp_layers[0]))}/{RANK_FILE}"
+        path = f"{rank_dir('release', rank.tp_rank, rank.pp_rank, output.pp_size)}/{RANK_FILE}"
         size_bytes = sum(tensor.size_bytes for tensor in inside)
         files.append(OutFile(path, size_bytes, partial(write_pt, tree=rank_tree(chunks)), findings))
-    sizes = [_size(whole_tensor(name, shape), weights, output.dtype, name) for name, shape in hf_shapes(config).items()]
-    digests = _write(target, files, watch, journal, to_verify=sum(sizes) if output.verify else 0)
+    sizes = [
+        tensor_bytes(whole_tensor(name, shape), weights, output.dtype, name) for name, shape in output.shapes.items()
+    ]
+    digests = write_all(target, files, watch, journal, to_verify=sum(sizes) if output.reopen else 0)
     write_tracker(target)
-    if output.verify:
-        result = MMWeights(inspect_mm_folder(target, parallel), config, parallel)
-        check_equal(hf_shapes(config), weights, result, watch)
+    if output.reopen:
+        check_equal(output.shapes, weights, output.reopen(target), watch)
     return Written(
         num_tensors=len(tensors),
         total_bytes=sum(tensor.size_bytes for tensor in tensors),
@@ -254,22 +262,24 @@ def _write_mm(
     )
 
 
-def _write(
+def write_all(
     target: Path, files: list[OutFile], watch: SharedWatch, journal: Journal | None, *, to_verify: int
 ) -> dict[str, str]:
+    """Tell the watch what is to come, and write."""
     total = sum(file.size_bytes for file in files)
     to_write = sum(file.size_bytes for file in files if journal is None or file.path not in journal.finished)
     watch.begin(total + to_verify, to_write=to_write)
     return write_files(target, files, watch, journal)
 
 
-def _out_tensors(
+def out_tensors(
     layouts: Mapping[str, TensorLayout],
     weights: WeightSource,
     dtype: str | None,
     watch: SharedWatch,
     findings: Findings,
 ) -> dict[str, OutTensor]:
+    """The tensors as they will be asked for their bytes. Raises InvalidModel where parts differ in type and no `dtype` is given."""
     return {name: _out(layout, weights, dtype, watch, findings, name) for name, layout in layouts.items()}
 
 
@@ -294,7 +304,8 @@ def _stored_dtype(layout: TensorLayout, weights: WeightSource, name: str) -> str
     return stored
 
 
-def _size(layout: TensorLayout, weights: WeightSource, dtype: str | None, name: str) -> int:
+def tensor_bytes(layout: TensorLayout, weights: WeightSource, dtype: str | None, name: str) -> int:
+    """Size that it will have."""
     return OutTensor(dtype or _stored_dtype(layout, weights, name), layout.shape, list).size_bytes
 
 
@@ -341,6 +352,7 @@ def _assign(sizes: Mapping[str, int], keys: Mapping[str, str] | None, max_shard_
     return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": keys for number, keys in enumerate(shards, start=1)}
 
 
-def _require_empty(target: Path, journal: Journal | None) -> None:
+def require_empty(target: Path, journal: Journal | None) -> None:
+    """Refuse a folder with files in it, unless they are a journal's."""
     if journal is None and target.exists() and any(target.iterdir()):
         raise Conflict(f"{target} is not empty; stale rank files would be taken for part of the checkpoint")

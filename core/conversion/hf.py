@@ -12,6 +12,7 @@ import numpy as np
 
 from core.conversion.apply import ITEM_SIZE, Bytes, Part, same_bytes
 from core.conversion.files import HashingWriter, MappedFile, OutTensor
+from core.models.adapter import AdapterFolder
 from core.models.hf_folder import DTYPE_NAME, INDEX_FILE, HFFolder, TensorEntry
 from core.models.mapping import width
 
@@ -21,7 +22,7 @@ _TAG = {name: tag for tag, name in DTYPE_NAME.items()}
 class HFWeights:
     """The weights of an inspected folder as a `WeightSource`."""
 
-    def __init__(self, folder: HFFolder) -> None:
+    def __init__(self, folder: HFFolder | AdapterFolder) -> None:
         self._tensors = folder.tensors
         self._tied_copies = folder.tied_copies
         self._files: dict[Path, MappedFile] = {}

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from core.conversion.apply import ITEM_SIZE, Bytes, Part, same_bytes
 from core.conversion.files import HashingWriter, OutTensor, make_folder
 from core.conversion.pt import PtFile, PtTensor, from_torch, write_pt
 from core.errors import CorruptCheckpoint, IncompatiblePlan, UnknownWeights
+from core.models.adapter import adapter_layouts, shapes_of_ranks
 from core.models.hf_folder import listed
 from core.models.layout import Block, RankLayout, TensorLayout, rank_layouts, tied_names
-from core.models.mapping import Rename
+from core.models.mapping import Rename, Shape
 from core.models.mm_folder import RANK_FILE, TRACKER, MMFolder, rank_dir
 from core.models.plan import Split
 from core.models.qwen2_5_vl.family import Config
@@ -59,6 +60,13 @@ def write_tracker(mm_dir: Path, iteration: int | None = None) -> None:
         out.write(b"release" if iteration is None else str(iteration).encode())
 
 
+class Warner(Protocol):
+    """Hears of what the user should know."""
+
+    def warn(self, code: str, message: str) -> None:
+        """`code` for programs, `message` for people."""
+
+
 @dataclass(frozen=True)
 class _Piece:
     """A rectangle in HF coordinates and the tensor of a rank file that holds it, all of its columns."""
@@ -84,7 +92,7 @@ class MMWeights:
         trees = {rank: file.tree for rank, file in self._files.items()}
         self.canonical = any(".q_proj." in name for tree in trees.values() for name in _all_names(tree))
         seen: dict[tuple[str, int, int], _Piece] = {}
-        for rank in rank_layouts(config, parallel, canonical=self.canonical):
+        for rank in self._layouts(config, parallel, trees):
             file = files[rank.pp_rank, rank.tp_rank]
             models = _models(trees[rank.pp_rank, rank.tp_rank], rank, file, config)
             for layouts, model in zip(rank.chunks, models, strict=True):
@@ -92,6 +100,9 @@ class MMWeights:
                     self._add(piece, seen)
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece.block.source_row)
+
+    def _layouts(self, config: Config, parallel: Split, _: Mapping[tuple[int, int], Any]) -> Iterable[RankLayout]:
+        return rank_layouts(config, parallel, canonical=self.canonical)
 
     def _add(self, piece: _Piece, seen: dict[tuple[str, int, int], _Piece]) -> None:
         key = (piece.block.source, piece.block.source_row, piece.block.column)
@@ -139,11 +150,41 @@ class MMWeights:
         """Weights that should be equal on several ranks and are not: (tied embeddings, others)."""
         tied: list[str] = []
         others: list[str] = []
-        for first, second in self._replicas:
+        for number, (first, second) in enumerate(self._replicas):
+            if number % 100 == 0:
+                self.release()
             if not same_bytes(_rows(first), _rows(second)):
                 (tied if first.block.source in self._tied_to else others).append(second.where)
         self.release()
         return tied, others
+
+    def warn_of_replicas(self, watch: Warner) -> None:
+        """Say which replicas differ. Raises CorruptCheckpoint where one is a tied embedding."""
+        tied, others = self.differing_replicas()
+        if tied:
+            raise CorruptCheckpoint(f"{listed(tied)} differs from the embedding, but config.json ties them")
+        if others:
+            watch.warn("replicas_differ", f"not equal on all tensor-parallel ranks, rank 0 is taken: {listed(others)}")
+
+
+class AdapterWeights(MMWeights):
+    """The LoRA matrices of a checkpoint folder. Which modules have some, and of what rank, is read from the files."""
+
+    shapes: dict[str, Shape]
+    """HF name -> shape of the whole matrix."""
+
+    def _layouts(self, config: Config, parallel: Split, trees: Mapping[tuple[int, int], Any]) -> Iterable[RankLayout]:
+        pp_size = len(parallel.llm_pp_layers[0])
+        found = []
+        for (pp_rank, tp_rank), tree in sorted(trees.items()):
+            if tp_rank == 0 and isinstance(tree, dict):
+                keys = [f"model{chunk}" for chunk in range(len(parallel.llm_pp_layers))]
+                models = [tree["model"]] if "model" in tree else [tree.get(key, {}) for key in keys]
+                for chunk, model in enumerate(models):
+                    tensors = {name: tensor for name, tensor in model.items() if isinstance(tensor, PtTensor)}
+                    found += [(chunk * pp_size + pp_rank, name, tensor.shape) for name, tensor in tensors.items()]
+        self.shapes = shapes_of_ranks(config, parallel, found)
+        return adapter_layouts(config, parallel, self.shapes)
 
 
 def _rows(piece: _Piece) -> Bytes:

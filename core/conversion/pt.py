@@ -81,6 +81,7 @@ class PtFile:
             if name.startswith(f"{prefix}data/")
         }
         self.tree = _unpickle(pickled, storages, path)
+        self.release()  # of reading the headers
 
     def release(self) -> None:
         """Free the memory that reading took."""

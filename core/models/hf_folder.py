@@ -115,7 +115,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise InvalidModel(f"{path} has no config.json, so it is not a Hugging Face model folder")
-    return _read_json(file)
+    return read_json(file)
 
 
 def read_index(path: Path) -> dict[str, str] | None:
@@ -123,7 +123,7 @@ def read_index(path: Path) -> dict[str, str] | None:
     file = path / INDEX_FILE
     if not file.is_file():
         return None
-    weight_map = _read_json(file).get("weight_map")
+    weight_map = read_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InvalidModel(f"{INDEX_FILE} has no weight_map of names")
     for name in weight_map.values():
@@ -155,7 +155,8 @@ def read_header(file: Path) -> list[TensorEntry]:
     return entries
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A file that holds one JSON object. Raises InvalidModel."""
     try:
         value = json.loads(file.read_bytes())
     except ValueError as error:

@@ -174,6 +174,14 @@ def at_layer(pattern: str, layer: int) -> str:
 NEW_TO_OLD_PREFIX = {"model.language_model.": "model.", "model.visual.": "visual."}
 
 
+def new_name(name: str) -> str:
+    """The same key in the new form."""
+    for new, old in reversed(NEW_TO_OLD_PREFIX.items()):
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
+
+
 def old_name(key: str) -> str:
     """A HF key in the old form (`visual.*`, `model.*`, `lm_head.*`), whichever form it came in."""
     for new, old in NEW_TO_OLD_PREFIX.items():

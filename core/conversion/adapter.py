@@ -1,0 +1,181 @@
+"""LoRA adapters between PEFT's folder and MindSpeed-MM's rank files, in any split.
+
+The `hf/` of the checkpoint carries `adapter_config.json` and an index of PEFT's keys, so that the folder comes back as it was. A checkpoint
+without them (MindSpeed-MM writes none) is exported with a config made from its weights, for which `lora_alpha` must be given.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from core.conversion.apply import Findings, whole_tensor
+from core.conversion.convert import MMOutput, Written, out_tensors, require_empty, write_all, write_mm
+from core.conversion.files import HashingWriter, make_folder
+from core.conversion.hf import HFWeights, write_safetensors
+from core.conversion.journal import Journal
+from core.conversion.mm import AdapterWeights
+from core.conversion.verify import check_equal
+from core.conversion.writing import OutFile, Quiet, SharedWatch, Watch
+from core.errors import InvalidModel
+from core.models.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    PREFIX,
+    AdapterFolder,
+    adapter_layouts,
+    check_adapter_config,
+    check_adapter_shapes,
+    inspect_adapter_folder,
+)
+from core.models.hf_folder import read_json
+from core.models.mapping import Shape, new_name, old_name
+from core.models.mm_folder import MMFolder, inspect_mm_folder
+from core.models.plan import Split
+from core.models.qwen2_5_vl.family import Config
+
+KEYS_FILE = "adapter_keys.json"
+"""In `hf/`: PEFT's keys, in order."""
+
+
+def adapter_to_mm(
+    source: AdapterFolder,
+    target: Path,
+    parallel: Split,
+    *,
+    dtype: str | None = None,
+    verify: bool = False,
+    watch: Watch | None = None,
+    journal: Journal | None = None,
+) -> Written:
+    """Write `release/mp_rank_*/model_optim_rng.pt` and `hf/`."""
+    require_empty(target, journal)
+    output = _output(source.config, parallel, source.shapes, dtype, verify)
+    written = write_mm(HFWeights(source), output, target, SharedWatch(watch or Quiet()), journal)
+    _write_hf_files(target / "hf", source.config_json, source.keys)
+    return written
+
+
+def adapter_reshard(
+    source: MMFolder,
+    config: Config,
+    source_parallel: Split,
+    target: Path,
+    parallel: Split,
+    *,
+    dtype: str | None = None,
+    verify: bool = False,
+    watch: Watch | None = None,
+    journal: Journal | None = None,
+) -> Written:
+    """Write the adapter in another split; `hf/` goes along."""
+    shared = SharedWatch(watch or Quiet())
+    weights = _open(source, config, source_parallel, shared)
+    require_empty(target, journal)
+    written = write_mm(weights, _output(config, parallel, weights.shapes, dtype, verify), target, shared, journal)
+    if source.hf_dir is not None:
+        config_json, keys = _read_hf_files(source.hf_dir)
+        _write_hf_files(target / "hf", config_json, keys)
+    return written
+
+
+def adapter_to_hf(
+    source: MMFolder,
+    config: Config,
+    source_parallel: Split,
+    target: Path,
+    *,
+    lora_alpha: float | None = None,
+    base_model: str | None = None,
+    dtype: str | None = None,
+    verify: bool = False,
+    watch: Watch | None = None,
+    journal: Journal | None = None,
+) -> Written:
+    """Write a PEFT folder.
+
+    `lora_alpha` and `base_model` (PEFT's `base_model_name_or_path`) are for a checkpoint that does not carry them.
+    """
+    shared = SharedWatch(watch or Quiet())
+    weights = _open(source, config, source_parallel, shared)
+    shapes = weights.shapes
+    if source.hf_dir is not None and (source.hf_dir / ADAPTER_CONFIG).is_file():
+        config_json, keys = _read_hf_files(source.hf_dir)
+    else:
+        config_json, keys = _new_config(shapes, lora_alpha, base_model), [PREFIX + new_name(name) for name in shapes]
+    names = {key: old_name(key.removeprefix(PREFIX)) for key in keys}
+    if set(names.values()) != set(shapes):
+        raise InvalidModel(f"the keys that {source.path} carries are not those of its weights")
+    require_empty(target, journal)
+    findings = Findings()
+    layouts = {key: whole_tensor(name, shapes[name]) for key, name in names.items()}
+    tensors = out_tensors(layouts, weights, dtype, shared, findings)
+    size = sum(tensor.size_bytes for tensor in tensors.values())
+    files = [OutFile(ADAPTER_FILE, size, partial(write_safetensors, tensors=tensors), findings)]
+    make_folder(target)
+    digests = write_all(target, files, shared, journal, to_verify=size if verify else 0)
+    _write_json(target / ADAPTER_CONFIG, config_json)
+    if verify:
+        check_equal(shapes, weights, HFWeights(inspect_adapter_folder(target, config)), shared)
+    return Written(len(tensors), size, sorted({tensor.dtype for tensor in tensors.values()}), digests)
+
+
+def _output(config: Config, parallel: Split, shapes: dict[str, Shape], dtype: str | None, verify: bool) -> MMOutput:
+    return MMOutput(
+        shapes=shapes,
+        ranks=adapter_layouts(config, parallel, shapes),
+        pp_size=len(parallel.llm_pp_layers[0]),
+        dtype=dtype,
+        reopen=(lambda path: AdapterWeights(inspect_mm_folder(path, parallel), config, parallel)) if verify else None,
+    )
+
+
+def _open(source: MMFolder, config: Config, parallel: Split, watch: SharedWatch) -> AdapterWeights:
+    weights = AdapterWeights(source, config, parallel)
+    check_adapter_shapes(config, weights.shapes)
+    weights.warn_of_replicas(watch)
+    return weights
+
+
+def _new_config(shapes: dict[str, Shape], lora_alpha: float | None, base_model: str | None) -> dict[str, Any]:
+    ranks = {shape[0] for name, shape in shapes.items() if name.endswith("lora_A.weight")}
+    if lora_alpha is None:
+        raise InvalidModel(f"the checkpoint carries no {ADAPTER_CONFIG}; give lora_alpha", hint="it scales the adapter")
+    if len(ranks) > 1:
+        raise InvalidModel(f"the adapter has ranks {sorted(ranks)}; give the {ADAPTER_CONFIG} that it was made with")
+    return {
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": ranks.pop(),
+        "target_modules": sorted(
+            {new_name(name).rsplit(".", 2)[0] for name in shapes}
+        ),  # in full: PEFT matches by ending
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def _read_hf_files(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    config_json = read_json(folder / ADAPTER_CONFIG)
+    check_adapter_config(config_json)
+    keys = read_json(folder / KEYS_FILE).get("keys")
+    if not isinstance(keys, list):
+        raise InvalidModel(f"{folder / KEYS_FILE} has no list of keys")
+    return config_json, [str(key) for key in keys]
+
+
+def _write_hf_files(folder: Path, config_json: dict[str, Any], keys: list[str]) -> None:
+    make_folder(folder)
+    _write_json(folder / ADAPTER_CONFIG, config_json)
+    _write_json(folder / KEYS_FILE, {"keys": keys})
+
+
+def _write_json(path: Path, value: object) -> None:
+    with HashingWriter.open(path) as out:
+        out.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
