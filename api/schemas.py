@@ -217,7 +217,7 @@ def _artifact_fields(row: Artifact) -> dict[str, Any]:
     }
 
 
-ArtifactKind = Literal["hf_model", "mm_checkpoint", "dataset_source"]
+ArtifactKind = Literal["hf_model", "mm_checkpoint", "dataset_source", "hf_adapter", "mm_adapter"]
 Name = Field(None, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$", description="A name for people.")
 
 

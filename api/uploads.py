@@ -36,7 +36,12 @@ _BLOCK = 1 << 20
 _MAX_HEADER_BYTES = 1 << 20
 _FREE_RATIO_BYTES = 64 << 20
 """Up to this size an archive may unpack to without regard to the ratio: short texts compress well, and fill no disk."""
-_ROOT_MARKS = {"hf_model": "config.json", "mm_checkpoint": "latest_checkpointed_iteration.txt"}
+_ROOT_MARKS = {
+    "hf_model": "config.json",
+    "hf_adapter": "adapter_config.json",
+    "mm_checkpoint": "latest_checkpointed_iteration.txt",
+    "mm_adapter": "latest_checkpointed_iteration.txt",
+}
 
 
 # Receiving

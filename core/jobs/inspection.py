@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ForbiddenPath, InvalidDataset, InvalidSpec
-from core.models.hf_folder import inspect_hf_folder, read_config
+from core.models.adapter import ADAPTER_CONFIG, ADAPTER_FILE, read_adapter_config
+from core.models.hf_folder import inspect_hf_folder, read_config, read_header
 from core.models.mm_folder import inspect_mm_folder
 from core.models.registry import detect
 from core.storage.manifest import walk_files
@@ -43,7 +44,9 @@ def _refuse_links_out(path: Path, roots: Iterable[Path]) -> None:
 
 def _look(path: Path) -> str:
     if (path / "latest_checkpointed_iteration.txt").exists():
-        return "mm_checkpoint"
+        return "mm_adapter" if (path / "hf" / ADAPTER_CONFIG).exists() else "mm_checkpoint"
+    if (path / ADAPTER_CONFIG).exists():
+        return "hf_adapter"
     if (path / "config.json").exists():
         return "hf_model"
     return "dataset_source"
@@ -62,6 +65,18 @@ def _mm_checkpoint(path: Path) -> dict[str, Any]:
     return metadata
 
 
+def _hf_adapter(path: Path) -> dict[str, Any]:
+    """What PEFT says of it; whether it fits its base model is checked where that is known."""
+    config = read_adapter_config(path)
+    known = {name: config.get(name) for name in ("r", "lora_alpha", "target_modules", "base_model_name_or_path")}
+    return known | {"num_tensors": len(read_header(path / ADAPTER_FILE))}
+
+
+def _mm_adapter(path: Path) -> dict[str, Any]:
+    found = inspect_mm_folder(path)
+    return {"iteration": found.iteration, "tp_size": found.tp_size, "pp_size": found.pp_size}
+
+
 def _dataset_source(path: Path) -> dict[str, Any]:
     annotations = sorted(name for name, _ in walk_files(path) if name.endswith((".json", ".jsonl")))
     if not annotations:
@@ -72,6 +87,8 @@ def _dataset_source(path: Path) -> dict[str, Any]:
 REGISTRABLE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "hf_model": _hf_model,
     "mm_checkpoint": _mm_checkpoint,
+    "hf_adapter": _hf_adapter,
+    "mm_adapter": _mm_adapter,
     "dataset_source": _dataset_source,
 }
 """Kinds that a user may register or upload."""

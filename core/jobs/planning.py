@@ -40,9 +40,10 @@ ASSUMED_DEVICE_BYTES = 64 * GIB
 """Of a device that does not tell its memory: an Ascend 910B."""
 
 MODEL_KINDS = ("hf_model", "mm_checkpoint")
+ADAPTER_KINDS = ("hf_adapter", "mm_adapter")
 
 ACCEPTS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("conversion", "source"): MODEL_KINDS,
+    ("conversion", "source"): (*MODEL_KINDS, *ADAPTER_KINDS),
     ("conversion", "hf_source"): ("hf_model",),
     ("dataset", "source"): ("dataset_source",),
     ("dataset", "tokenizer"): MODEL_KINDS,
@@ -55,7 +56,11 @@ ACCEPTS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 """Kinds of artifact that each input takes."""
 
-SOURCE_OF_OPERATION = {"hf_to_mm": "hf_model", "mm_to_hf": "mm_checkpoint", "reshard": "mm_checkpoint"}
+SOURCES_OF_OPERATION = {
+    "hf_to_mm": ("hf_model", "hf_adapter"),
+    "mm_to_hf": ("mm_checkpoint", "mm_adapter"),
+    "reshard": ("mm_checkpoint", "mm_adapter"),
+}
 
 
 class Resources(BaseModel):
@@ -215,14 +220,16 @@ class Planner:
             case ConversionSpec():
                 source = self._look_up(spec.source)
                 config = (self._look_up(spec.hf_source) if spec.hf_source else source).metadata.get("config")
+                adapter = source.kind in ADAPTER_KINDS
                 if spec.operation == "mm_to_hf":
-                    return Subject("hf_model", {"config": config}, source.size_bytes, job=job)
+                    kind = "hf_adapter" if adapter else "hf_model"
+                    return Subject(kind, {"config": config}, source.size_bytes, job=job)
                 metadata = {
                     "config": config,
                     "parallel": _dump(spec.parallel),
                     "canonical": spec.canonical,
                 }
-                return Subject("mm_checkpoint", metadata, source.size_bytes, job=job)
+                return Subject("mm_adapter" if adapter else "mm_checkpoint", metadata, source.size_bytes, job=job)
             case TrainingSpec():
                 model = self._look_up(spec.model)
                 metadata = {
@@ -253,18 +260,19 @@ class Planner:
 
     def _conversion(self, spec: ConversionSpec, subjects: Mapping[str, Subject], plan: Plan) -> None:
         source = subjects["source"]
-        wanted = SOURCE_OF_OPERATION[spec.operation]
-        if source.kind != wanted:
+        wanted = SOURCES_OF_OPERATION[spec.operation]
+        if source.kind not in wanted:
             raise InvalidSpec(
-                f"spec.source: {spec.operation} reads an artifact of kind {wanted}, {source.kind} was given",
+                f"spec.source: {spec.operation} reads an artifact of kind {' or '.join(wanted)}, {source.kind} was given",
                 code="wrong_artifact_kind",
             )
+        _check_adapter_fields(spec, source.kind)
         plan.disk_bytes = source.size_bytes
         if "hf_source" in subjects:
             source = replace(
                 source, metadata={**source.metadata, "config": subjects["hf_source"].metadata.get("config")}
             )
-        if wanted == "mm_checkpoint":
+        if source.kind in ("mm_checkpoint", "mm_adapter"):
             self._source_layout(spec, source)
             if source.config is None and source.job is None:
                 raise InvalidSpec(
@@ -506,6 +514,21 @@ def _layer_recompute(spec: RecomputeSpec | None) -> LayerRecompute:
     return LayerRecompute(
         spec.recompute_granularity, spec.recompute_method or "uniform", spec.recompute_num_layers or 1
     )
+
+
+def _check_adapter_fields(spec: ConversionSpec, kind: str) -> None:
+    """Options that go with an adapter only, or never do."""
+    if kind in ADAPTER_KINDS:
+        for name in ("canonical", "max_shard_bytes"):
+            if getattr(spec, name):
+                raise InvalidSpec(f"spec.{name} has no effect on an adapter; leave it out")
+        if kind == "hf_adapter" and spec.hf_source is None:
+            raise InvalidSpec("spec.hf_source: name the Hugging Face folder of the model that the adapter belongs to")
+        return
+    if spec.lora_alpha is not None:
+        raise InvalidSpec(f"spec.lora_alpha has no effect: the source is no adapter but of kind {kind}")
+    if kind == "hf_model" and spec.hf_source is not None:
+        raise InvalidSpec("spec.hf_source has no effect: the source is a Hugging Face folder itself")
 
 
 def _require_model(field: str, config: Config) -> None:

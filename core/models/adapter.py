@@ -96,17 +96,21 @@ def targets(config: Config) -> list[Target]:
 
 def inspect_adapter_folder(path: Path, config: Config) -> AdapterFolder:
     """Read and check a folder against the config of its base model. Raises InvalidModel, UnknownWeights."""
-    file = path / ADAPTER_CONFIG
-    if not file.is_file():
-        raise InvalidModel(f"{path} has no {ADAPTER_CONFIG}, so it is not an adapter's folder")
-    config_json = read_json(file)
-    check_adapter_config(config_json)
-    if not (path / ADAPTER_FILE).is_file():
-        raise InvalidModel(f"{path} has no {ADAPTER_FILE}")
+    config_json = read_adapter_config(path)
     tensors = {old_name(entry.key.removeprefix(PREFIX)): entry for entry in read_header(path / ADAPTER_FILE)}
     folder = AdapterFolder(path, config, config_json, tensors)
     check_adapter_shapes(config, folder.shapes)
     return folder
+
+
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """The config of a folder with PEFT's two files. Raises InvalidModel when one is missing, or for more than plain LoRA."""
+    for name in (ADAPTER_CONFIG, ADAPTER_FILE):
+        if not (path / name).is_file():
+            raise InvalidModel(f"{path} has no {name}, so it is not an adapter's folder")
+    config_json = read_json(path / ADAPTER_CONFIG)
+    check_adapter_config(config_json)
+    return config_json
 
 
 def check_adapter_config(config_json: Mapping[str, Any]) -> None:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import core
+from core.conversion.adapter import adapter_reshard, adapter_to_hf, adapter_to_mm
 from core.conversion.convert import Written, hf_to_mm, mm_to_hf, reshard
 from core.conversion.journal import Journal
+from core.conversion.writing import Watch
 from core.errors import DiskFull, IncompatiblePlan, InvalidSpec
+from core.models.adapter import inspect_adapter_folder
 from core.models.hf_folder import inspect_hf_folder, read_config
 from core.models.mm_folder import MMFolder, inspect_mm_folder
 from core.models.qwen2_5_vl.family import Config
@@ -30,7 +33,7 @@ SPARE_BYTES = 64 << 20
 
 
 def run(ctx: RunContext, spec: ConversionSpec) -> None:
-    """Convert `source`; the artifact is named `checkpoint` (mm_checkpoint) or `model` (hf_model).
+    """Convert `source`; the artifact is named `checkpoint` (mm_checkpoint, mm_adapter) or `model` (hf_model, hf_adapter).
 
     What is finished when the process is killed or told to stop stays in the job's folder for its next attempt.
     """
@@ -38,7 +41,7 @@ def run(ctx: RunContext, spec: ConversionSpec) -> None:
     if journal.finished:
         ctx.log.info("going on after an earlier attempt: %d files are finished", len(journal.finished))
     try:
-        made = _to_hf(ctx, spec, journal) if spec.operation == "mm_to_hf" else _to_mm(ctx, spec, journal)
+        made = _convert(ctx, spec, journal)
         output = ctx.new_artifact(made.name, made.kind)
         try:
             journal.hand_over(output.path)
@@ -61,6 +64,47 @@ class _Made:
     kind: str
     metadata: dict[str, Any]
     digests: dict[str, str]
+
+
+def _convert(ctx: RunContext, spec: ConversionSpec, journal: Journal) -> _Made:
+    if ctx.inputs["source"].kind in ("hf_adapter", "mm_adapter"):
+        return _adapter(ctx, spec, journal)
+    return _to_hf(ctx, spec, journal) if spec.operation == "mm_to_hf" else _to_mm(ctx, spec, journal)
+
+
+def _adapter(ctx: RunContext, spec: ConversionSpec, journal: Journal) -> _Made:
+    source = ctx.inputs["source"]
+    config_json = (
+        read_config(ctx.inputs["hf_source"].path) if "hf_source" in ctx.inputs else source.metadata.get("config")
+    )
+    if config_json is None:
+        raise InvalidSpec(f"{source.path} does not record its model's config; give hf_source")
+    family = detect(config_json)
+    config = family.parse_config(config_json)
+    watch = _Watch(ctx, journal.target)
+    options: _AdapterOptions = {"dtype": spec.dtype, "verify": spec.verify, "watch": watch, "journal": journal}
+    metadata: dict[str, Any] = {"family": family.name, "config": config_json}
+    if spec.operation == "hf_to_mm":
+        assert spec.parallel is not None, "the spec requires it"
+        written = adapter_to_mm(inspect_adapter_folder(source.path, config), journal.target, spec.parallel, **options)
+    else:
+        parallel = _source_parallel(source, spec)
+        folder = inspect_mm_folder(source.path, parallel)
+        if spec.operation == "mm_to_hf":
+            written = adapter_to_hf(
+                folder,
+                config,
+                parallel,
+                journal.target,
+                lora_alpha=spec.lora_alpha,
+                base_model=config_json.get("_name_or_path"),
+                **options,
+            )
+            return _Made("model", "hf_adapter", metadata | _verified(ctx, spec, written), written.digests)
+        assert spec.parallel is not None, "the spec requires it"
+        written = adapter_reshard(folder, config, parallel, journal.target, spec.parallel, **options)
+    metadata |= {"parallel": spec.parallel.model_dump(mode="json"), "iteration": None}
+    return _Made("checkpoint", "mm_adapter", metadata | _verified(ctx, spec, written), written.digests)
 
 
 def _to_mm(ctx: RunContext, spec: ConversionSpec, journal: Journal) -> _Made:
@@ -135,6 +179,13 @@ def _plan_digest(ctx: RunContext) -> str:
     ]
     plan = [core.__version__, ctx.spec.model_dump(mode="json"), sources]
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+class _AdapterOptions(TypedDict):
+    dtype: DType | None
+    verify: bool
+    watch: Watch
+    journal: Journal
 
 
 class _Options(TypedDict):

@@ -17,7 +17,7 @@ class ConversionSpec(JobInputs):
     source: ArtifactRef = Field(description="The weights to convert.")
     hf_source: ArtifactRef | None = Field(
         None,
-        description="Hugging Face folder for config and tokenizer files, when an mm source does not carry them.",
+        description="Hugging Face folder with config and tokenizer files, when an mm source does not carry them; an adapter's base model.",
     )
     parallel: ParallelSpec | None = Field(None, description="Layout to write (hf_to_mm, reshard).")
     source_parallel: ParallelSpec | None = Field(
@@ -32,6 +32,12 @@ class ConversionSpec(JobInputs):
         False, description="Read the output back from the disk and compare every weight with its source."
     )
 
+    lora_alpha: float | None = Field(
+        None,
+        gt=0,
+        description="mm_to_hf of an adapter that MindSpeed-MM trained: its scale, which the files do not tell.",
+    )
+
     @model_validator(mode="after")
     def _fields_of_the_operation(self) -> ConversionSpec:
         if self.operation == "mm_to_hf" and self.parallel is not None:
@@ -41,10 +47,10 @@ class ConversionSpec(JobInputs):
                 raise ValueError(f"parallel is required with {self.operation}: it names the layout to write")
             if self.max_shard_bytes is not None:
                 raise ValueError(f"max_shard_bytes has no effect with {self.operation}; it goes with mm_to_hf")
-        if self.operation == "hf_to_mm":
-            for name in ("source_parallel", "hf_source"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} has no effect with hf_to_mm: the source is a Hugging Face folder itself")
+            if self.lora_alpha is not None:
+                raise ValueError(f"lora_alpha has no effect with {self.operation}; it goes with mm_to_hf of an adapter")
+        if self.operation == "hf_to_mm" and self.source_parallel is not None:
+            raise ValueError("source_parallel has no effect with hf_to_mm: the source is a Hugging Face folder")
         if self.operation == "mm_to_hf" and self.canonical:
             raise ValueError("canonical has no effect with mm_to_hf: how the source is fused is read from its weights")
         return self

@@ -136,6 +136,27 @@ class TestRefusals:
                 with pytest.raises(UnsupportedOption, match=r"spec\.model: this version only converts qwen2_vl"):
                     submit(session, settings, kind, spec)
 
+    def test_an_adapter_without_its_model_and_options_that_have_no_effect(
+        self, database: Database, settings: Settings
+    ) -> None:
+        with database.write() as session:
+            model, adapter = {"artifact": hf_7b(session).id}, {"artifact": add_artifact(session, "hf_adapter").id}
+            spec = {"operation": "hf_to_mm", "source": adapter, "parallel": LAYOUT_7B}
+            with pytest.raises(InvalidSpec, match=r"spec\.hf_source: name the Hugging Face folder"):
+                submit(session, settings, "conversion", spec)
+            with pytest.raises(InvalidSpec, match=r"spec\.canonical has no effect on an adapter"):
+                submit(session, settings, "conversion", spec | {"hf_source": model, "canonical": True})
+            with pytest.raises(InvalidSpec, match=r"spec\.hf_source has no effect"):
+                submit(session, settings, "conversion", spec | {"source": model, "hf_source": model})
+            job = submit(session, settings, "conversion", spec | {"hf_source": model})
+            export = {"operation": "mm_to_hf", "source": {"job": job.id}}
+            submit(session, settings, "conversion", export)
+            with pytest.raises(InvalidSpec, match=r"spec\.max_shard_bytes has no effect on an adapter"):
+                submit(session, settings, "conversion", export | {"max_shard_bytes": 1 << 20})
+            with pytest.raises(AppError) as caught:
+                submit(session, settings, "evaluation", {"model": {"job": job.id}, "prompts": [{"text": "What?"}]})
+            assert caught.value.code == "wrong_artifact_kind"
+
     def test_a_canonical_checkpoint_of_several_ranks(self, database: Database, settings: Settings) -> None:
         change = {"parallel": {**LAYOUT_7B, "tp_size": 2}, "canonical": True}
         error = self.refuse(database, settings, "conversion", change)

@@ -9,12 +9,14 @@ import shutil
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import pytest
 
 from core.conversion.files import HashingWriter
 from core.conversion.journal import Journal, Record
 from core.conversion.verify import VerificationFailed
 from core.errors import AppError, DiskFull, IncompatiblePlan, InvalidSpec
+from core.jobs.inspection import inspect_folder
 from core.models.hf_folder import inspect_hf_folder
 from core.models.mm_folder import inspect_mm_folder
 from core.runners import conversion
@@ -22,7 +24,7 @@ from core.runners.context import InputArtifact, RunContext, Stopped
 from core.specs.conversion import ConversionSpec
 from core.storage.local import Store
 from core.storage.manifest import FileEntry, Manifest
-from tests.tiny import TinyShape, tiny_model
+from tests.tiny import TinyShape, tiny_model, write_safetensors
 
 SHAPE = TinyShape(vision_layers=2, text_layers=3)
 PARALLEL = {"tp_size": 2, "llm_pp_layers": [[1, 2]], "vit_pp_layers": [[2, 0]]}
@@ -146,6 +148,33 @@ class TestThereAndBack:
             jobs.run(spec, source=source)
         with pytest.raises(InvalidSpec, match="give source_parallel"):
             jobs.run({"operation": "mm_to_hf"}, source=source)
+
+
+class TestAdapters:
+    @pytest.fixture
+    def adapter(self, tmp_path: Path) -> InputArtifact:
+        path = tmp_path / "adapter"
+        path.mkdir()
+        module = "base_model.model.model.language_model.layers.1.self_attn.q_proj"
+        halves = {"A": np.ones((4, SHAPE.hidden), np.float32), "B": np.full((SHAPE.hidden, 4), 2, np.float32)}
+        tensors = {f"{module}.lora_{half}.weight": values for half, values in halves.items()}
+        write_safetensors(path / "adapter_model.safetensors", tensors)
+        peft = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+        (path / "adapter_config.json").write_text(json.dumps(peft, indent=2) + "\n")
+        kind, metadata, _ = inspect_folder(path)
+        assert (kind, metadata["r"], metadata["num_tensors"]) == ("hf_adapter", 4, 2)
+        return InputArtifact(ART, kind, path, metadata)
+
+    def test_three_jobs_give_the_folder_back(self, jobs: Jobs, model: InputArtifact, adapter: InputArtifact) -> None:
+        spec = {"operation": "hf_to_mm", "parallel": PARALLEL, "hf_source": {"artifact": ART}, "verify": True}
+        first = jobs.run(spec, source=adapter, hf_source=model)
+        assert first.kind == inspect_folder(first.path)[0] == "mm_adapter"
+        assert first.metadata["config"] == model.metadata["config"]
+        second = jobs.run({"operation": "reshard", "parallel": OTHER}, source=first)
+        back = jobs.run({"operation": "mm_to_hf"}, source=second)
+        assert back.kind == "hf_adapter"
+        for file in adapter.path.iterdir():
+            assert (back.path / file.name).read_bytes() == file.read_bytes()
 
 
 class TestReports:
