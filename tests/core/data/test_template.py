@@ -17,7 +17,15 @@ from core.data.formats import IMAGE, Message
 from core.data.template import ChatTemplate, Encoded
 from core.errors import InvalidModel
 
-SPECIAL = ["<|im_end|>", "<|im_start|>", "<|image_pad|>", "<|vision_start|>", "<|endoftext|>", "<|video_pad|>"]
+SPECIAL = [
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|image_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|endoftext|>",
+    "<|video_pad|>",
+]
 
 texts = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("\n \t是.<|>im_end")), max_size=40)
 answers = texts.filter(lambda text: text.strip() and IMAGE not in text)
@@ -102,8 +110,8 @@ class TestEncode:
             Message("user", follow_up),
             Message("assistant", last),
         ]
-        if any(token in message.content for token in SPECIAL for message in messages):
-            reject()
+        if any(token in message.content for token in reference.get_added_vocab() for message in messages):
+            reject()  # spelt out, they stay text: see test_no_text_can_forge_a_turn_or_an_image
         counts = [4] * sum(message.content.count(IMAGE) for message in messages)
         assert template.encode(messages, counts).input_ids.tolist() == by_transformers(reference, messages, counts)
 

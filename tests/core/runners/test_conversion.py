@@ -182,6 +182,7 @@ class TestReports:
         self, jobs: Jobs, model: InputArtifact, caplog: pytest.LogCaptureFixture
     ) -> None:
         ctx = jobs.context({"operation": "hf_to_mm", "parallel": PARALLEL}, source=model)
+        caplog.clear()  # the runs before are logged, too, where an earlier test has set the level
         with caplog.at_level(logging.INFO):
             conversion.run(ctx, ctx.spec)  # type: ignore[arg-type]
         progress = [event for event in events(ctx) if event.get("unit") == "bytes"]
@@ -237,6 +238,7 @@ class TestNextAttempt:
         job_dir = self.stopped_after(2, jobs, model)
         ctx = jobs.context(self.SPEC, source=model)
         ctx.job_dir, ctx.attempt = job_dir, 2
+        caplog.clear()  # the runs before are logged, too, where an earlier test has set the level
         with caplog.at_level(logging.INFO):
             conversion.run(ctx, ctx.spec)  # type: ignore[arg-type]
         assert "going on after an earlier attempt: 2 files are finished" in caplog.messages
@@ -265,6 +267,7 @@ class TestNextAttempt:
         tiny_model(model.path, shape=SHAPE, seed=1, num_shards=2, names="new", nested_config=True)
         ctx = jobs.context(self.SPEC, source=model)
         ctx.job_dir, ctx.attempt = job_dir, 2
+        caplog.clear()  # the runs before are logged, too, where an earlier test has set the level
         with caplog.at_level(logging.INFO):
             conversion.run(ctx, ctx.spec)  # type: ignore[arg-type]
         assert not any(message.startswith("going on") for message in caplog.messages)
