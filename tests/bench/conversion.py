@@ -240,8 +240,10 @@ def table(rows: list[Row]) -> str:
     copy = rows[0]
     limit, synced = (1.3 * copy.median(field) + 3 for field in ("written_s", "wall_s"))
     lines = [
-        f"| operation | written, s (limit {limit:.1f}) | ratio to cp | and synced, s (limit {synced:.1f}) | ratio to cp "
-        "| CPU, s | GB/s | peak RSS, MiB |",
+        (
+            f"| operation | written, s (limit {limit:.1f}) | ratio to cp | and synced, s (limit {synced:.1f}) | ratio to cp "
+            "| CPU, s | GB/s | peak RSS, MiB |"
+        ),
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
