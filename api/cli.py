@@ -44,7 +44,9 @@ err = Console(stderr=True)
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="A job, as `temper jobs` shows it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Kind = Annotated[str, typer.Option("--kind", "-k", help="hf_model, mm_checkpoint, hf_adapter, mm_adapter or dataset_source.")]
+Kind = Annotated[
+    str, typer.Option("--kind", "-k", help="hf_model, mm_checkpoint, hf_adapter, mm_adapter or dataset_source.")
+]
 Name = Annotated[str | None, typer.Option("--name", help="A name to recognise it by.")]
 
 
