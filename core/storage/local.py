@@ -59,10 +59,10 @@ class Store:
             stream.write(manifest.model_dump_json(indent=1))
         for folder, _, names in os.walk(temporary):
             for name in names:
-                _fsync(Path(folder) / name)
-            _fsync(Path(folder))
+                fsync(Path(folder) / name)
+            fsync(Path(folder))
         temporary.rename(final)
-        _fsync(final.parent)
+        fsync(final.parent)
         return final
 
     def abort(self, artifact_id: str) -> None:
@@ -120,7 +120,8 @@ def resolve_inside(root: Path, relative: str) -> Path:
     return real
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file or folder written to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

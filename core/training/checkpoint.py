@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from core.errors import AppError, CorruptCheckpoint, DiskFull
 from core.parallel.mesh import Mesh
+from core.storage.local import fsync
 
 FACTS = "checkpoint.json"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -244,15 +244,6 @@ def owned(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: owned(item) for key, item in value.items()}
     return value
-
-
-def fsync(path: Path) -> None:
-    """Have a file or folder written to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _size_bytes(value: Any) -> int:
