@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,6 +80,8 @@ class StepLoader:
         self._prefetch = max(1, prefetch)
         self._cache: dict[int, _Part] = {}
         self._cache_bytes_left = cache_bytes
+        self._cache_lock = threading.Lock()
+        self._row_locks = [threading.Lock() for _ in range(64)]
         self._pool = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="loader")
 
     def __enter__(self) -> StepLoader:
@@ -136,13 +139,16 @@ class StepLoader:
 
     def _part(self, row: int) -> _Part:
         """Read and decode a row, or take it from the cache; what comes first stays, since every epoch visits every row once."""
-        part = self._cache.get(row)
-        if part is None:
-            part = _part(self._dataset.row(row), self._config, self._dataset.meta.image_processing, self._with_pixels)
-            if part.num_bytes <= self._cache_bytes_left and row not in self._cache:
-                self._cache_bytes_left -= part.num_bytes  # two threads may overdraw it by a row
-                self._cache[row] = part
-        return part
+        with self._row_locks[row % len(self._row_locks)]:  # a second thread that wants the row waits, and finds it
+            part = self._cache.get(row)
+            if part is None:
+                processing = self._dataset.meta.image_processing
+                part = _part(self._dataset.row(row), self._config, processing, self._with_pixels)
+                with self._cache_lock:
+                    if part.num_bytes <= self._cache_bytes_left:
+                        self._cache_bytes_left -= part.num_bytes
+                        self._cache[row] = part
+            return part
 
 
 def build_batch(

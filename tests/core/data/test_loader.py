@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,6 +185,22 @@ class TestStepLoader:
             for batch in next(steps).micro_batches:
                 expected = torch.cat([alone[row].pixel_values_PD for row in batch.rows])
                 assert torch.equal(batch.pixel_values_PD, expected)
+
+    def test_threads_that_want_the_same_row_share_one_decoding(self, dataset_dir: Path, config: Config) -> None:
+        with self.loader(dataset_dir, config) as loader, ThreadPoolExecutor(8) as threads:
+            for row in range(3):
+                parts = list(threads.map(loader._part, [row] * 8))
+                assert all(part is parts[0] for part in parts)
+
+    def test_the_cache_keeps_to_its_limit(self, dataset_dir: Path, config: Config) -> None:
+        with self.loader(dataset_dir, config) as loader:
+            sizes = {row: loader._part(row).num_bytes for row in range(3)}
+        with self.loader(dataset_dir, config, cache_bytes=sizes[0] + sizes[1] - 1) as loader:
+            for row in range(3):
+                loader._part(row)
+            assert sum(part.num_bytes for part in loader._cache.values()) <= sizes[0] + sizes[1] - 1
+            assert 0 in loader._cache
+            assert 1 not in loader._cache
 
     def test_without_room_every_row_is_decoded_anew(self, dataset_dir: Path, config: Config, media_root: Path) -> None:
         with self.loader(dataset_dir, config, cache_bytes=0) as loader:
