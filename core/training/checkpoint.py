@@ -15,7 +15,6 @@ all the same before one is used. The folder must lie on a file system that all r
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,12 +23,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from core.errors import AppError, CorruptCheckpoint, DiskFull
+from core.errors import CorruptCheckpoint, DiskFull
 from core.parallel.mesh import Mesh
 from core.storage.local import fsync
+from core.training.together import Together
 
 FACTS = "checkpoint.json"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -187,45 +186,6 @@ class Checkpoints:
 
     def _together(self) -> Together:
         return Together(self.mesh)
-
-
-class Together:
-    """A part of the work that all ranks do, or that all ranks fail with the error of the first rank that failed."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return every rank's value."""
-        if self.mesh.world_group is None:
-            return [value]
-        values: list[Any] = [None] * self.mesh.world_size
-        dist.all_gather_object(values, value, group=self.mesh.world_group)
-        return values
-
-    def __enter__(self) -> Together:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if error is not None and not isinstance(error, Exception):
-            return
-        told = None if error is None else _describe(self.mesh.rank, error)
-        first = next((item for item in self.gather(told) if item is not None), None)
-        if first is None or isinstance(error, AppError):
-            return
-        code, status, message, hint = told or first
-        failure = AppError(message, hint=hint, code=code)
-        failure.status = status
-        raise failure from error
-
-
-def _describe(rank: int, error: Exception) -> tuple[str, int, str, str | None]:
-    """Return code, status, message and hint, to tell other ranks."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull.code, DiskFull.status, f"rank {rank}: {error}", "free space, or lower checkpoint.keep_last"
-    if isinstance(error, AppError):
-        return error.code, error.status, f"rank {rank}: {error.message}", error.hint
-    return AppError.code, AppError.status, f"rank {rank}: {type(error).__name__}: {error}", None
 
 
 def write_tracker(folder: Path, iteration: int) -> None:

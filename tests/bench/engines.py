@@ -88,10 +88,10 @@ def bare(folder: Path, options: Options, turns: Turns) -> None:
     from core.models.qwen2_5_vl.family import Config
     from core.models.registry import detect
     from core.parallel.mesh import build_mesh
-    from core.runners.training import load_weights
     from core.training.freeze import freeze
     from core.training.loss import loss_and_gradient, target_positions
     from core.training.optimizer import Optimizer
+    from core.training.resume import load_weights
 
     spec = training_spec(folder, options)
     config_json = json.loads((folder / "model" / "config.json").read_text())

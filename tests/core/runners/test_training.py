@@ -25,7 +25,6 @@ from core.errors import (
     IncompatiblePlan,
     InvalidDataset,
     InvalidSpec,
-    UnknownWeights,
     UnsupportedOption,
 )
 from core.models.batch import PackedBatch
@@ -315,17 +314,6 @@ class TestRefusals:
     def test_what_this_version_cannot_do(self, bench: Bench) -> None:
         with pytest.raises(UnsupportedOption):
             training.run(bench.context(spec := training_spec(lora={})), spec)
-
-
-class TestLoadWeights:
-    def test_lists_what_is_missing_left_over_and_misshapen(self) -> None:
-        model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
-        weights = [("0.weight", torch.zeros(2, 3)), ("1.weight", torch.zeros(1, 3)), ("extra", torch.zeros(1))]
-        with pytest.raises(UnknownWeights) as caught:
-            training.load_weights(model, weights)
-        assert "2 missing: 0.bias, 1.bias" in caught.value.message
-        assert "1 not of this model: extra" in caught.value.message
-        assert "0.weight [2, 3] instead of [3, 2]" in caught.value.message
 
 
 class TestAgainstTransformers:

@@ -1,0 +1,120 @@
+"""The batches of a training: its data set checked against spec and model, its loader, its largest micro-batch."""
+
+from __future__ import annotations
+
+import math
+
+from core.data.dataset import TokenisedDataset
+from core.data.loader import StepLoader, build_batch
+from core.data.plan import StepPlan, plan_step
+from core.device import Accelerator
+from core.errors import InvalidDataset, InvalidSpec
+from core.models.batch import PackedBatch
+from core.models.plan import Stage
+from core.models.qwen2_5_vl.family import Config
+from core.parallel.mesh import Mesh
+from core.specs.training import TrainingSpec
+from core.training.checkpoint import Position
+from core.training.checks import largest_micro_batch
+
+PATCH_HEADROOM = 1.25
+"""Static shapes: patches that a micro-batch can hold, relative to what its tokens have on average."""
+REHEARSED_STEPS = 200
+"""Steps whose micro-batches are looked through for the largest, which runs first."""
+
+
+def check_dataset(dataset: TokenisedDataset, spec: TrainingSpec, config: Config) -> None:
+    """Refuse a data set that cannot be trained as the spec says, before anything is loaded."""
+    if len(dataset) == 0:
+        raise InvalidDataset("the data set has no training rows")
+    too_long = int((dataset.lengths > spec.seq_length).sum())
+    if too_long:
+        longest = int(dataset.lengths.max())
+        raise InvalidSpec(
+            f"seq_length is {spec.seq_length}, but {too_long} of {len(dataset)} rows are longer (longest: {longest} tokens)",
+            hint=f"set seq_length to {longest} or more, or make the data set with cutoff_len {spec.seq_length}",
+        )
+    if dataset.meta.vocab_size > config.text.vocab_size or dataset.meta.image_token_id != config.image_token_id:
+        raise InvalidDataset(
+            f"the data set's tokenizer (ids below {dataset.meta.vocab_size}, image token {dataset.meta.image_token_id}) is not the "
+            f"model's (vocabulary {config.text.vocab_size}, image token {config.image_token_id})",
+            hint="make the data set again with this model's folder as tokenizer",
+        )
+
+
+def build_loader(
+    dataset: TokenisedDataset,
+    spec: TrainingSpec,
+    mesh: Mesh,
+    stage: Stage,
+    config: Config,
+    accelerator: Accelerator,
+    position: Position,
+) -> StepLoader:
+    """Build the loader of this rank's batches from a position on."""
+    token_budget = spec.micro_batch_size * spec.seq_length
+    patch_budget = _patch_budget(dataset, token_budget, config) if accelerator.static_shapes else None
+
+    def plan(consumed_samples: int) -> StepPlan:
+        return plan_step(
+            dataset.lengths,
+            dataset.patches,
+            seed=spec.seed,
+            consumed_samples=consumed_samples,
+            global_batch_size=spec.global_batch_size,
+            dp_size=mesh.dp_size,
+            token_budget=token_budget,
+            patch_budget=patch_budget,
+            min_micro_batches=mesh.pp_size,
+        )
+
+    return StepLoader(
+        dataset,
+        config,
+        plan,
+        consumed_samples=position.consumed_samples,
+        dp_rank=mesh.dp_rank,
+        with_pixels=stage.has_patch_embed,
+        pad_to_tokens=token_budget if accelerator.static_shapes else None,
+        pad_to_patches=patch_budget,
+    )
+
+
+def largest_batch(
+    dataset: TokenisedDataset, spec: TrainingSpec, mesh: Mesh, stage: Stage, config: Config, accelerator: Accelerator
+) -> PackedBatch:
+    """Build the dearest micro-batch of the first steps (an epoch of them, at most REHEARSED_STEPS)."""
+    token_budget = spec.micro_batch_size * spec.seq_length
+    patch_budget = _patch_budget(dataset, token_budget, config) if accelerator.static_shapes else None
+    num_steps = min(spec.train_iters, REHEARSED_STEPS, math.ceil(len(dataset) / spec.global_batch_size))
+    plans = [
+        plan_step(
+            dataset.lengths,
+            dataset.patches,
+            seed=spec.seed,
+            consumed_samples=index * spec.global_batch_size,
+            global_batch_size=spec.global_batch_size,
+            dp_size=mesh.dp_size,
+            token_budget=token_budget,
+            patch_budget=patch_budget,
+            min_micro_batches=mesh.pp_size,
+        )
+        for index in range(num_steps)
+    ]
+    return build_batch(
+        [dataset.row(row) for row in largest_micro_batch(plans, dataset.lengths, dataset.patches)],
+        config,
+        processing=dataset.meta.image_processing,
+        with_pixels=stage.has_patch_embed,
+        pad_to_tokens=token_budget if accelerator.static_shapes else None,
+        pad_to_patches=patch_budget,
+        pad_token_id=dataset.meta.pad_token_id,
+    )
+
+
+def _patch_budget(dataset: TokenisedDataset, token_budget: int, config: Config) -> int:
+    """Return patches per micro-batch for static shapes: what its tokens have on average and some room, but any one row must fit."""
+    unit = config.vision.spatial_merge_size**2
+    average = token_budget * float(dataset.patches.sum()) / float(dataset.lengths.sum())
+    wanted = max(int(dataset.patches.max()), math.ceil(PATCH_HEADROOM * average))
+    return math.ceil(wanted / unit) * unit
