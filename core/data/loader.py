@@ -13,8 +13,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from core.data.dataset import NO_TARGET, Row, TokenisedDataset
@@ -25,6 +27,13 @@ from core.models.batch import PackedBatch
 from core.models.positions import mrope_positions
 from core.models.qwen2_5_vl.family import Config
 
+LossReduction = Literal["token", "sample", "square"]
+TARGET_WEIGHT: dict[LossReduction, Callable[[int], float]] = {
+    "token": lambda _: 1.0,
+    "sample": lambda num_targets: 1 / num_targets,
+    "square": lambda num_targets: num_targets**-0.5,
+}
+"""Weight of one target token in the loss, by the number of targets of its sample (InternVL's `len2weight`)."""
 CACHE_BYTES = 256 << 20
 """Memory of a rank for rows that were decoded before: a small data set is decoded once, not once per epoch."""
 
@@ -39,7 +48,9 @@ class LoadedStep:
     num_tokens: int
     """Of the global batch, without padding."""
     num_targets: int
-    """Learnt tokens of the global batch: what the loss is divided by."""
+    """Learnt tokens of the global batch."""
+    loss_weight: float
+    """Sum of their weights: what the loss is divided by."""
     micro_batches: Iterator[PackedBatch]
     """This rank's, `plan.num_micro_batches` of them, each ready or awaited when asked for; may be empty batches."""
 
@@ -51,7 +62,7 @@ class StepLoader:
 
     `plan` maps a count of consumed samples to the step's plan (see plan.plan_step). `with_pixels=False` leaves pixels
     out, for ranks that do not embed patches: the batch's `grid_thw` still tells how many there are. `pad_to_tokens` and
-    `pad_to_patches` fill every batch up to that size, for devices that want static shapes.
+    `pad_to_patches` fill every batch up to that size, for devices that want static shapes. `loss_reduction` is the spec's.
     """
 
     def __init__(
@@ -65,6 +76,7 @@ class StepLoader:
         with_pixels: bool = True,
         pad_to_tokens: int | None = None,
         pad_to_patches: int | None = None,
+        loss_reduction: LossReduction = "token",
         num_threads: int = 2,
         prefetch: int = 4,
         cache_bytes: int = CACHE_BYTES,
@@ -77,6 +89,7 @@ class StepLoader:
         self._with_pixels = with_pixels
         self._pad_to_tokens = pad_to_tokens
         self._pad_to_patches = pad_to_patches
+        self._loss_reduction: LossReduction = loss_reduction
         self._prefetch = max(1, prefetch)
         self._cache: dict[int, _Part] = {}
         self._cache_bytes_left = cache_bytes
@@ -112,6 +125,7 @@ class StepLoader:
                 num_samples=len(rows),
                 num_tokens=int(self._dataset.lengths[rows].sum()),
                 num_targets=int(self._dataset.num_targets[rows].sum()),
+                loss_weight=total_weight(self._dataset.num_targets[rows], self._loss_reduction),
                 micro_batches=(next_batch(plan) for _ in range(plan.num_micro_batches)),
             )
             while ahead[0][0] is plan:  # the caller broke off the step
@@ -135,6 +149,7 @@ class StepLoader:
             pad_to_tokens=self._pad_to_tokens,
             pad_to_patches=self._pad_to_patches,
             pad_token_id=self._dataset.meta.pad_token_id,
+            loss_reduction=self._loss_reduction,
         )
 
     def _part(self, row: int) -> _Part:
@@ -149,6 +164,11 @@ class StepLoader:
                         self._cache_bytes_left -= part.num_bytes
                         self._cache[row] = part
             return part
+
+
+def total_weight(num_targets: npt.NDArray[np.int64], reduction: LossReduction) -> float:
+    """Sum of the weights of all targets of samples with these numbers of targets."""
+    return math.fsum(count * TARGET_WEIGHT[reduction](count) for count in num_targets.tolist() if count)
 
 
 def build_batch(
@@ -187,6 +207,7 @@ def _pack(
     pad_to_tokens: int | None,
     pad_to_patches: int | None,
     pad_token_id: int,
+    loss_reduction: LossReduction = "token",
 ) -> PackedBatch:
     """Lay decoded rows end to end, and padding after them."""
     parts = list(rows)
@@ -205,7 +226,16 @@ def _pack(
         pixel_values_PD=torch.from_numpy(np.concatenate([np.empty((0, processing.patch_dim), np.float32), *pixels])),
         grid_thw=tuple(grids),
         rows=tuple(part.row for part in rows),
+        weights_T=None if loss_reduction == "token" else _weights(parts, loss_reduction),
     )
+
+
+def _weights(parts: Sequence[_Part], reduction: LossReduction) -> torch.Tensor:
+    """Weight of each position's target, [T]; 0 in samples that have none."""
+    lengths = [len(part.targets) for part in parts]
+    counts = [int((part.targets != NO_TARGET).sum()) for part in parts]
+    values = [TARGET_WEIGHT[reduction](count) if count else 0.0 for count in counts]
+    return torch.from_numpy(np.repeat(np.array(values, np.float32), lengths))
 
 
 def padding_grid(num_patches: int, merge_size: int) -> tuple[int, int, int]:

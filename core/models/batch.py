@@ -36,6 +36,8 @@ class PackedBatch:
     """patches of each image along time, height and width"""
     rows: tuple[int, ...]
     """dataset row of each sample, for messages"""
+    weights_T: Tensor | None = None
+    """float32: weight of each position's target in the loss; None: all count alike"""
 
     @property
     def num_tokens(self) -> int:
@@ -54,6 +56,7 @@ class PackedBatch:
             position_ids_3T=self.position_ids_3T.to(device, non_blocking=True),
             targets_T=self.targets_T.to(device, non_blocking=True),
             pixel_values_PD=self.pixel_values_PD.to(device, non_blocking=True),
+            weights_T=None if self.weights_T is None else self.weights_T.to(device, non_blocking=True),
         )
 
     def padded_to(self, multiple: int) -> PackedBatch:
@@ -67,5 +70,6 @@ class PackedBatch:
             input_ids_T=torch.cat([self.input_ids_T, padding]),
             position_ids_3T=torch.cat([self.position_ids_3T, torch.arange(missing).expand(3, -1)], dim=1),
             targets_T=torch.cat([self.targets_T, padding - 100]),
+            weights_T=None if self.weights_T is None else torch.cat([self.weights_T, padding.float()]),
             cu_seqlens=(*self.cu_seqlens, self.num_tokens + missing),
         )

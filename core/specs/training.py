@@ -108,6 +108,11 @@ class TrainingSpec(JobInputs):
     resume_from: ArtifactRef | None = Field(
         None, description="A training checkpoint to go on from, with its data position."
     )
+    loss_reduction: Literal["token", "sample", "square"] = Field(
+        "token",
+        description="What counts alike in the loss of a global batch: every target token, every sample, or (square) every sample "
+        "by the square root of its number of target tokens.",
+    )
     log_interval: int = Field(1, ge=1, description="Iterations per log line and metric point.")
     log_format: Literal["temper", "mindspeed_mm"] = Field(
         "temper", description="The log's line per iteration: the field's usual one, or MindSpeed-MM's in full."

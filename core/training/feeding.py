@@ -77,6 +77,7 @@ def build_loader(
         with_pixels=stage.has_patch_embed,
         pad_to_tokens=token_budget if accelerator.static_shapes else None,
         pad_to_patches=patch_budget,
+        loss_reduction=spec.loss_reduction,
     )
 
 

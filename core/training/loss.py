@@ -6,7 +6,8 @@ would hold them three times. Here the loss is the end of the graph, so each chun
     for each chunk:  logits_CV -> loss, d logits_CV -> d hidden_CH (kept), d weight (added to the parameter's gradient) -> forget
 
 Losses are sums; the division by the global batch's number of targets comes once, after gradients have been summed over ranks. So neither
-accumulation over micro-batches nor uneven ranks can change the weight of a token.
+accumulation over micro-batches nor uneven ranks can change the weight of a token. Where targets do not count alike (`loss_reduction`),
+each has a weight that its sample alone decides, and the divisor is the sum of the global batch's weights.
 
 With tensor parallelism each of R ranks holds V / R columns of the logits; of each chunk the ranks tell each other two numbers per position,
 the logarithm of their part of the softmax's denominator and the target's logit if it is theirs.
@@ -32,7 +33,7 @@ class HeadResult:
     """Loss of one micro-batch, and the gradient to go on with."""
 
     loss_sum: Tensor
-    """Sum of cross entropies over targets, float32 scalar on the device."""
+    """Sum of cross entropies over targets, weighted where there are weights; float32 scalar on the device."""
     num_targets: int
     gradient_TH: Tensor | None
     """d loss_sum / d hidden; None when nothing before the head is trained or nothing is a target.
@@ -51,13 +52,15 @@ def loss_and_gradient(
     positions_N: Tensor,
     logits: Callable[[Tensor], Tensor],
     *,
+    weights_T: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
     tp_group: ProcessGroup | None = None,
 ) -> HeadResult:
     """Compute the loss sum, add the head's own gradients to its parameters, and return the gradient of `hidden_TH`.
 
     `logits` maps [C, H] to [C, V]; its trained parameters receive their gradients here. Softmax and sums are float32 whatever the dtype.
-    With a `tp_group`, `logits` gives this rank's columns, and all its ranks have the same `hidden_TH`.
+    `weights_T` (float32) multiply each target's loss; without them all count alike. With a `tp_group`, `logits` gives this rank's columns,
+    and all its ranks have the same `hidden_TH`.
     """
     num_targets = positions_N.numel()
     loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
@@ -72,10 +75,13 @@ def loss_and_gradient(
         with torch.no_grad():
             targets_C = targets_T.index_select(0, positions_C)
             if tp_group is None:
-                loss, gradient_CV = _cross_entropy(logits_CV.float(), targets_C)
+                loss_C, gradient_CV = _cross_entropy(logits_CV.float(), targets_C)
             else:
-                loss, gradient_CV = _split_cross_entropy(logits_CV.float(), targets_C, tp_group)
-            loss_sum += loss
+                loss_C, gradient_CV = _split_cross_entropy(logits_CV.float(), targets_C, tp_group)
+            if weights_T is not None:
+                weights_C = weights_T.index_select(0, positions_C)
+                loss_C, gradient_CV = loss_C * weights_C, gradient_CV.mul_(weights_C[:, None])
+            loss_sum += loss_C.sum()
         if logits_CV.requires_grad:
             logits_CV.backward(gradient_CV.to(logits_CV.dtype))
         if gradient_TH is not None:
@@ -96,17 +102,17 @@ def loss_sum(
 
 
 def _cross_entropy(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of -log softmax at the targets, and its gradient softmax - onehot."""
+    """Return -log softmax at each target, and its gradient softmax - onehot."""
     log_total_C1 = torch.logsumexp(logits_CV, dim=1, keepdim=True)
     targets_C1 = targets_C.unsqueeze(1)
-    loss = (log_total_C1 - logits_CV.gather(1, targets_C1)).sum()
+    loss_C = (log_total_C1 - logits_CV.gather(1, targets_C1)).squeeze(1)
     gradient_CV = (logits_CV - log_total_C1).exp_()
     ones_C1 = torch.ones_like(log_total_C1)
-    return loss, gradient_CV.scatter_add_(1, targets_C1, -ones_C1)
+    return loss_C, gradient_CV.scatter_add_(1, targets_C1, -ones_C1)
 
 
 def _split_cross_entropy(logits_CV: Tensor, targets_C: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Return the same from this rank's columns; the sum is the same on all ranks, the gradient is of these columns."""
+    """Return the same from this rank's columns; the loss is the same on all ranks, the gradient is of these columns."""
     count = logits_CV.shape[1]
     local_C = targets_C - group.rank() * count
     is_mine_C = (local_C >= 0) & (local_C < count)
@@ -115,6 +121,6 @@ def _split_cross_entropy(logits_CV: Tensor, targets_C: Tensor, group: ProcessGro
     at_target_C = torch.where(is_mine_C, logits_CV.gather(1, local_C1).squeeze(1), 0.0)
     log_totals_RC, at_target_RC = gather_rows(torch.stack([log_total_C, at_target_C])[None], group).unbind(1)
     log_total_C = torch.logsumexp(log_totals_RC, dim=0)
-    loss = (log_total_C - at_target_RC.sum(0)).sum()
+    loss_C = log_total_C - at_target_RC.sum(0)
     gradient_CV = (logits_CV - log_total_C[:, None]).exp_()
-    return loss, gradient_CV.scatter_add_(1, local_C1, -is_mine_C[:, None].to(gradient_CV.dtype))
+    return loss_C, gradient_CV.scatter_add_(1, local_C1, -is_mine_C[:, None].to(gradient_CV.dtype))

@@ -130,11 +130,11 @@ class Trainer:
             if first is None and not is_checked and learning_rate > 0:
                 first = FirstStep.before(self.model, self.optimizer)
 
-            loss, grad_norm = everyone.loss_sum / max(step.num_targets, 1), math.nan
+            loss, grad_norm = everyone.loss_sum / (step.loss_weight or 1.0), math.nan
             if everyone.is_finite and step.num_targets > 0:
                 self.num_skipped_in_a_row = 0
                 grad_norm = self.optimizer.step(
-                    learning_rate=learning_rate, num_targets=step.num_targets, squared_norm=everyone.squared_norm
+                    learning_rate=learning_rate, num_targets=step.loss_weight, squared_norm=everyone.squared_norm
                 )
                 if first is not None:
                     num_trained, num_moved = first.check(self.model, self.optimizer)

@@ -44,11 +44,17 @@ class Head:
         group = self.mesh.tp_group
         if group is not None:  # sequence parallel: each rank has rows of its own
             hidden_TH = gather_rows(hidden_TH.detach(), group).requires_grad_(hidden_TH.requires_grad)
-        targets_T, positions_N = batch.targets_T, target_positions(batch.targets_T)
+        targets_T, weights_T, positions_N = batch.targets_T, batch.weights_T, target_positions(batch.targets_T)
         if self.targets_only:
-            targets_T, positions_N = targets_T[positions_N], torch.arange(len(positions_N))
+            targets_T, weights_T = targets_T[positions_N], None if weights_T is None else weights_T[positions_N]
+            positions_N = torch.arange(len(positions_N))
         result = loss_and_gradient(
-            hidden_TH, targets_T.to(self.device), positions_N.to(self.device), self.model.logits, tp_group=group
+            hidden_TH,
+            targets_T.to(self.device),
+            positions_N.to(self.device),
+            self.model.logits,
+            weights_T=None if weights_T is None else weights_T.to(self.device),
+            tp_group=group,
         )
         self.losses.append(result.loss_sum)
         if group is None or result.gradient_TH is None:

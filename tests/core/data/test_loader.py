@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from core.data.dataset import NO_TARGET, TokenisedDataset
-from core.data.loader import CACHE_BYTES, StepLoader, build_batch, padding_grid
+from core.data.loader import CACHE_BYTES, LossReduction, StepLoader, build_batch, padding_grid
 from core.data.media import ImageProcessing, UnreadableImage
 from core.data.plan import StepPlan, plan_step
 from core.errors import InvalidDataset
@@ -115,6 +115,7 @@ class TestStepLoader:
         rank: int = 0,
         consumed: int = 0,
         cache_bytes: int = CACHE_BYTES,
+        reduction: LossReduction = "token",
     ) -> StepLoader:
         dataset = TokenisedDataset(dataset_dir)
 
@@ -129,7 +130,15 @@ class TestStepLoader:
                 token_budget=32,
             )
 
-        return StepLoader(dataset, config, plan, dp_rank=rank, consumed_samples=consumed, cache_bytes=cache_bytes)
+        return StepLoader(
+            dataset,
+            config,
+            plan,
+            dp_rank=rank,
+            consumed_samples=consumed,
+            cache_bytes=cache_bytes,
+            loss_reduction=reduction,
+        )
 
     @staticmethod
     def batches(loader: StepLoader, steps: int) -> list[list[PackedBatch]]:
@@ -142,6 +151,24 @@ class TestStepLoader:
                 assert step.plan.first_position == 4 * number
                 assert tuple(batch.rows for batch in step.micro_batches) == step.plan.micro_batches[0]
                 assert (step.num_samples, step.num_targets) == (4, 8)
+
+    @pytest.mark.parametrize(("reduction", "weight"), [("sample", 1 / 2), ("square", 2**-0.5)])
+    def test_weights_follow_each_samples_number_of_targets(
+        self, dataset_dir: Path, config: Config, reduction: LossReduction, weight: float
+    ) -> None:
+        with self.loader(dataset_dir, config, reduction=reduction) as loader:
+            step = next(iter(loader))
+            batches = list(step.micro_batches)
+        assert step.loss_weight == pytest.approx(4 * 2 * weight)
+        for batch in batches:
+            assert batch.weights_T is not None
+            torch.testing.assert_close(
+                batch.weights_T[batch.targets_T >= 0], torch.full((2 * len(batch.rows),), weight)
+            )
+
+    def test_targets_that_count_alike_need_no_weights(self, dataset_dir: Path, config: Config) -> None:
+        step = self.batches(self.loader(dataset_dir, config), 1)[0]
+        assert all(batch.weights_T is None for batch in step)
 
     def test_goes_on_where_it_stopped(self, dataset_dir: Path, config: Config) -> None:
         through = self.batches(self.loader(dataset_dir, config), 4)

@@ -6,14 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from core.data.loader import LossReduction
 from core.models.layers.recompute import Recompute, RecomputePolicy
 from core.models.plan import Replicate
 from core.models.qwen2_5_vl.family import PLAN
 from core.parallel.tensor import cut, pattern
 from core.specs.training import FreezeSpec
-from tests.core.training.tiny import NOTHING_FROZEN, Case, Step, one_step
+from tests.core.training.tiny import NOTHING_FROZEN, Case, Step, one_step, pack, samples, tiny_config, whole_model
 from tests.distributed import run
 
 ALL = tuple(range(8))
@@ -174,3 +176,58 @@ class TestAccumulation:
             assert step.loss == pytest.approx(whole.loss, rel=1e-6)
             for name, gradient in step.gradients.items():
                 torch.testing.assert_close(gradient, whole.gradients[name], rtol=1e-5, atol=1e-6)
+
+
+class TestLossReduction:
+    """Weights are of the global batch: how it is cut changes nothing."""
+
+    def test_every_cut_equals_the_formula_in_one_process(self) -> None:
+        ranks = run(reduced, 2)
+        for reduction, power in REDUCTIONS.items():
+            loss, gradients = by_formula(power)
+            singles = Case(micro_batches=(tuple((row,) for row in ALL),), loss_reduction=reduction)
+            whole = replace(singles, micro_batches=((ALL,),))
+            self.assert_equal([one_step(0, whole), one_step(0, singles)], loss, gradients)
+            self.assert_equal([rank[reduction][0] for rank in ranks], loss, gradients)
+            self.assert_equal([rank[reduction][1] for rank in ranks], loss, gradients, tp=2)
+
+    def assert_equal(self, steps: list[Step], loss: float, gradients: dict[str, Tensor], *, tp: int = 1) -> None:
+        norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
+        for step in steps:
+            assert step.loss == pytest.approx(loss, rel=1e-6)
+            for name, gradient in step.gradients.items():
+                assert_near(gradient, own_part(gradients[name], name, tp, step.tp_rank), 1e-7 * norm, name)
+
+    def test_they_differ_from_one_another(self) -> None:
+        assert len({round(by_formula(power)[0], 4) for power in REDUCTIONS.values()}) == 3
+
+
+REDUCTIONS: dict[LossReduction, float] = {"token": 0.0, "sample": -1.0, "square": -0.5}
+"""A target's weight is its sample's number of targets to this power."""
+
+
+def reduced(_: int) -> dict[LossReduction, tuple[Step, Step]]:
+    """Two ranks, data parallel with four micro-batches each and tensor parallel with two, under every reduction."""
+    halves = (tuple((row,) for row in HALVES[0]), tuple((row,) for row in HALVES[1]))
+    return {
+        reduction: (
+            one_step(0, Case(micro_batches=halves, loss_reduction=reduction)),
+            one_step(0, Case(micro_batches=(HALVES,), tp=2, loss_reduction=reduction)),
+        )
+        for reduction in REDUCTIONS
+    }
+
+
+def by_formula(power: float) -> tuple[float, dict[str, Tensor]]:
+    """The weighted mean over the samples' cross entropies, and autograd's gradients of it."""
+    config = tiny_config()
+    model = whole_model(config)
+    total, divisor = torch.zeros(()), 0.0
+    for sample in samples(len(ALL)):
+        batch = pack([sample], config)
+        losses_T = F.cross_entropy(model.logits(model(batch)), batch.targets_T, reduction="none")
+        total = total + losses_T.sum() * sample.num_targets**power
+        divisor += sample.num_targets * sample.num_targets**power
+    (total / divisor).backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return total.item() / divisor, gradients

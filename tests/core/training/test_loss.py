@@ -80,6 +80,21 @@ class TestLossAndGradient:
         assert head.weight.grad.any()
 
 
+class TestWeights:
+    def test_each_target_counts_by_its_weight(self) -> None:
+        hidden_TH, targets_T, head = inputs()
+        weights_T = torch.rand(TOKENS)
+        expected = (F.cross_entropy(head(hidden_TH), targets_T, reduction="none") * weights_T).sum()
+        expected.backward()
+        weight_gradient, head.weight.grad = head.weight.grad, None
+        result = loss_and_gradient(
+            hidden_TH, targets_T, target_positions(targets_T), head, weights_T=weights_T, chunk_tokens=5
+        )
+        torch.testing.assert_close(result.loss_sum, expected.detach())
+        torch.testing.assert_close(result.gradient_TH, hidden_TH.grad)
+        torch.testing.assert_close(head.weight.grad, weight_gradient)
+
+
 class TestLossSum:
     def test_equals_the_training_loss_and_leaves_no_gradient(self) -> None:
         hidden_TH, targets_T, head = inputs()

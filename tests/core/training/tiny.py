@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from core.conversion.mm import rank_dir, write_rank_file
-from core.data.loader import LoadedStep
+from core.data.loader import TARGET_WEIGHT, LoadedStep, LossReduction, total_weight
 from core.data.plan import plan_step
 from core.device.cpu import CpuAccelerator
 from core.models.batch import PackedBatch
@@ -89,6 +89,10 @@ class Sample:
     num_prompt: int
     grids: tuple[tuple[int, int, int], ...]
 
+    @property
+    def num_targets(self) -> int:
+        return len(self.input_ids) - self.num_prompt
+
 
 def samples(count: int, *, with_images: bool = True) -> list[Sample]:
     """Rows of different lengths; two in three with an image, each of another size."""
@@ -105,9 +109,10 @@ def samples(count: int, *, with_images: bool = True) -> list[Sample]:
     return made
 
 
-def pack(rows: Sequence[Sample], config: Config) -> PackedBatch:
+def pack(rows: Sequence[Sample], config: Config, reduction: LossReduction = "token") -> PackedBatch:
     """Pack rows end to end; pixels depend on the row alone."""
     targets, pixels = [], [torch.empty(0, PATCH_DIM)]
+    weights = [TARGET_WEIGHT[reduction](sample.num_targets) for sample in rows for _ in sample.input_ids]
     for sample in rows:
         learnt = [token if position >= sample.num_prompt else -100 for position, token in enumerate(sample.input_ids)]
         targets += [*learnt[1:], -100]
@@ -122,6 +127,7 @@ def pack(rows: Sequence[Sample], config: Config) -> PackedBatch:
         pixel_values_PD=torch.cat(pixels),
         grid_thw=tuple(grid for sample in rows for grid in sample.grids),
         rows=tuple(sample.row for sample in rows),
+        weights_T=None if reduction == "token" else torch.tensor(weights),
     )
 
 
@@ -161,6 +167,7 @@ class Case:
     vpp: int = 1
     """`llm` and `vit` count the layers of `vpp` stages per rank, in the order of the model"""
     recompute: Recompute | None = None
+    loss_reduction: LossReduction = "token"
 
     @property
     def pp(self) -> int:
@@ -181,7 +188,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank saw; gradients by the whole model's names, divided by the number of targets."""
+    """What one rank saw; gradients by the whole model's names, divided as the loss is."""
 
     loss: float
     norm: float
@@ -225,15 +232,16 @@ class Rank:
     def step(self) -> Step:
         case, mesh = self.case, self.mesh
         rows = samples(64, with_images=case.with_images)
-        batches = [pack([rows[i] for i in part], self.config) for part in case.micro_batches[mesh.dp_rank]]
-        num_targets = sum(
-            len(rows[i].input_ids) - rows[i].num_prompt for rank in case.micro_batches for part in rank for i in part
-        )
+        batches = [
+            pack([rows[i] for i in part], self.config, case.loss_reduction) for part in case.micro_batches[mesh.dp_rank]
+        ]
+        counts = [rows[i].num_targets for rank in case.micro_batches for part in rank for i in part]
+        divisor = total_weight(np.array(counts), case.loss_reduction)
         self.optimizer.clear_gradients()
         self.pipeline.run([batch for batch in batches if batch.rows])
         self.optimizer.reduce_gradients()
         gradients = {
-            self.global_name(slot.name): slot.view(buffer.gradients).clone() / num_targets
+            self.global_name(slot.name): slot.view(buffer.gradients).clone() / divisor
             for buffer in self.optimizer.buffers
             for slot in buffer.slots
         }
@@ -241,9 +249,9 @@ class Rank:
         device = torch.device("cpu")
         table = all_reduce_rows(row, rank=mesh.rank, world_size=mesh.world_size, group=mesh.world_group, device=device)
         loss_sum, squared_norm = table.sum(0).tolist()
-        norm = self.optimizer.step(learning_rate=1e-2, num_targets=num_targets, squared_norm=squared_norm)
+        norm = self.optimizer.step(learning_rate=1e-2, num_targets=divisor, squared_norm=squared_norm)
         weights = {self.global_name(name): tensor.clone() for name, tensor in self.model.state_dict().items()}
-        return Step(loss_sum / num_targets, norm, gradients, weights, mesh.tp_rank)
+        return Step(loss_sum / divisor, norm, gradients, weights, mesh.tp_rank)
 
 
 def one_step(rank: int, case: Case) -> Step:
@@ -326,7 +334,7 @@ def make_trainer(rank: Rank, spec: TrainingSpec, folder: Path, notes: Notes) -> 
 
 def steps(trainer: Trainer, config: Config, *, num_rows: int = 10) -> Iterator[LoadedStep]:
     """Endless steps over the samples from the trainer's position on, planned as in earnest."""
-    rows, mesh = samples(num_rows), trainer.mesh
+    rows, mesh, reduction = samples(num_rows), trainer.mesh, trainer.spec.loss_reduction
     lengths = np.array([len(row.input_ids) for row in rows])
     consumed = trainer.facts.position.consumed_samples
     while True:
@@ -341,12 +349,16 @@ def steps(trainer: Trainer, config: Config, *, num_rows: int = 10) -> Iterator[L
             min_micro_batches=mesh.pp_size,
         )
         consumed += len(plan.rows)
+        counts = [rows[i].num_targets for i in plan.rows]
         yield LoadedStep(
             plan=plan,
             num_samples=len(plan.rows),
             num_tokens=int(lengths[list(plan.rows)].sum()),
-            num_targets=sum(len(rows[i].input_ids) - rows[i].num_prompt for i in plan.rows),
-            micro_batches=(pack([rows[i] for i in part], config) for part in plan.micro_batches[mesh.dp_rank]),
+            num_targets=sum(counts),
+            loss_weight=total_weight(np.array(counts), reduction),
+            micro_batches=(
+                pack([rows[i] for i in part], config, reduction) for part in plan.micro_batches[mesh.dp_rank]
+            ),
         )
 
 
