@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -41,9 +42,13 @@ def launch(database: Database, settings: Settings, lease_id: str) -> None:
     if lease is None or lease.state != "pending" or lease.node != settings.node_name:
         log.info("launch.skipped", lease_id=lease_id, state=lease.state if lease else None)
         return
+    starting = hold(lease_id)
+    if starting is None:
+        log.info("launch.skipped", lease_id=lease_id, state="starting")
+        return
     logs = settings.home_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    with (logs / f"supervisor-{settings.node_name}.log").open("ab") as stream:
+    with starting, (logs / f"supervisor-{settings.node_name}.log").open("ab") as stream:
         # setsid(1) --fork returns at once and leaves a process that is nobody's child: no signal, end or restart of
         # this worker reaches it, and nobody has to reap it.
         subprocess.run(
@@ -52,6 +57,22 @@ def launch(database: Database, settings: Settings, lease_id: str) -> None:
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
+            pass_fds=[starting.fileno()],
             check=True,
         )
     log.info("supervisor.started", lease_id=lease_id)
+
+
+def hold(lease_id: str) -> socket.socket | None:
+    """Take a lease's name on this host, or return None when it is taken.
+
+    A supervisor inherits the socket, so the name is its own until it ends, whatever ends it. Without that, a host so busy that Python
+    takes seconds to start would be sent a supervisor more at every repeated message, and become busier still.
+    """
+    name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        name.bind(f"\0temper-{lease_id}")  # abstract: no file that could be left behind
+    except OSError:
+        name.close()
+        return None
+    return name
