@@ -66,17 +66,18 @@ def equal_rows(folder: Path, *, count: int, num_tokens: int = 512, num_targets: 
 
 
 def photo_rows(folder: Path, photos: Path, *, count: int) -> list[Sample]:
-    """Rows of 50 to 1,000 tokens: photos of mixed sizes, a question, an answer; lengths as skewed as in public instruction sets.
+    """Rows of 50 to 1,000 tokens, as many between 50 and 100 as between 500 and 1,000: a photo, a question, an answer.
 
-    `photos` is a folder of .jpg files, or absent: then images of the same sizes are drawn.
+    Photos of 4 x 4 to 29 x 29 tokens, answers of 8 to 220 tokens. `photos` is a folder of .jpg files, or absent: then images of the same
+    sizes are drawn.
     """
     random = np.random.default_rng(7)
-    sides = [(int(h), int(w)) for h, w in np.clip(random.lognormal(2.7, 0.4, (count, 2)), 4, 26)]
     wanted = []
-    for h, w in sides:
-        targets = int(np.clip(random.lognormal(3.6, 0.8), 8, 220))
-        question = int(random.integers(8, 60))
-        wanted.append(((h, w), min(1000, h * w + 22 + question + targets), targets))
+    for num_tokens in np.exp(random.uniform(np.log(50), np.log(1000), count)).astype(int).tolist():
+        targets = int(np.clip(random.lognormal(3.2, 0.8), 8, min(220, num_tokens // 4)))
+        area = max(16, int((num_tokens - targets - 22) * random.uniform(0.6, 0.95)))  # 22: the template's tokens
+        height = int(np.clip(np.sqrt(area) * random.uniform(0.75, 1.33), 4, area // 4))
+        wanted.append(((height, area // height), num_tokens, targets))
     return _write_rows(folder, wanted, sorted(photos.glob("*.jpg")) if photos.is_dir() else ())
 
 

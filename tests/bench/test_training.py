@@ -75,7 +75,7 @@ class TestAgainstPeers:
 
     def test_photos(self, start: Start, data_dir: Path, tmp_path: Path) -> None:
         """(b) The same model on rows as they come. The peers pad a batch of 4, or compute one row at a time."""
-        steps, batch = 4, 4
+        steps, batch = GATE_STEPS, 4
         write_model(tmp_path, SLICE_3B)
         samples = photo_rows(tmp_path, data_dir / "cc12m", count=steps * batch)
         write_dataset(tmp_path, samples)
