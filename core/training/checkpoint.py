@@ -4,9 +4,10 @@
       latest_checkpointed_iteration.txt      "50"; moved last, by rename
       iter_0000050/
         checkpoint.json                      Facts: iteration, data position, layout, the size of every file
-        mp_rank_00_000/                      one folder per slice and stage (mp_rank_TT_PPP), written by its first data-parallel rank
-          model_optim_rng.pt                 weights, as MindSpeed-MM reads them
-          temper_optim.pt                    AdamW state by parameter name, random state (absent without save_optim)
+        mp_rank_00_000/                      one folder per slice and stage (mp_rank_TT_PPP)
+          model_optim_rng.pt                 weights, as MindSpeed-MM reads them; written by the first data-parallel rank
+          temper_optim_000.pt                what data-parallel rank 0 holds of AdamW's state, and random state
+                                             (absent without save_optim)
       .iter_0000100.tmp/                     being written; whoever dies leaves only this
 
 A folder gets its final name once every rank has written and synced its files, so a folder of that name is complete; sizes are checked
@@ -28,12 +29,12 @@ from torch import Tensor
 from core.errors import CorruptCheckpoint, DiskFull
 from core.parallel.mesh import Mesh
 from core.storage.local import fsync
+from core.training.optimizer import Kind, OptimizerState
 from core.training.together import Together
 
 FACTS = "checkpoint.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 WEIGHTS_FILE = "model_optim_rng.pt"
-STATE_FILE = "temper_optim.pt"
 SPARE_BYTES = 64 << 20
 """Left free beyond what a checkpoint needs."""
 
@@ -102,18 +103,23 @@ class Checkpoints:
         """Write a checkpoint. Raises the same error on all ranks when one fails, DiskFull when there is no room."""
         final = self.folder / f"iter_{facts.position.iteration:07d}"
         temporary = self.folder / f".{final.name}.tmp"
-        needed = _size_bytes(weights) + _size_bytes(state or {}) if self.mesh.dp_rank == 0 else 0
+        needed = _size_bytes(state or {}) + (_size_bytes(weights) if self.mesh.dp_rank == 0 else 0)
         with self._together() as step:
             total = sum(step.gather(needed))
             if self.mesh.rank == 0:
                 self._make_room(temporary, total)
         digests: dict[str, str] = {}
         with self._together():
+            folder = temporary / self.rank_folder
+            folder.mkdir(exist_ok=True)
             if self.mesh.dp_rank == 0:
-                folder = temporary / self.rank_folder
-                digests[f"{self.rank_folder}/{WEIGHTS_FILE}"] = self._write(
-                    folder, weights, state, facts.position.iteration
-                )
+                name = f"{self.rank_folder}/{WEIGHTS_FILE}"
+                digests[name] = self.write_weights(temporary / name, weights, iteration=facts.position.iteration)
+                fsync(temporary / name)
+            if state is not None:
+                torch.save(owned(state), folder / state_file(self.mesh.dp_rank))
+                fsync(folder / state_file(self.mesh.dp_rank))
+            fsync(folder)
         with self._together() as step:
             for told in step.gather(digests):
                 digests.update(told)
@@ -143,9 +149,9 @@ class Checkpoints:
             elif key.startswith("model"):  # a virtual chunk
                 yield from ((f"{key}.{name}", tensor) for name, tensor in chunk.items())
 
-    def load_state(self, path: Path) -> dict[str, Any]:
-        """Read this rank's optimizer and random state."""
-        return torch.load(path / self.rank_folder / STATE_FILE, weights_only=True, mmap=True, map_location="cpu")
+    def load_state(self, path: Path) -> SavedState:
+        """Open the optimizer and random state of this rank's slice and stage."""
+        return SavedState(path / self.rank_folder, self.mesh.dp_rank)
 
     def _make_room(self, temporary: Path, needed_bytes: int) -> None:
         for leftover in self.folder.glob(".iter_*.tmp"):
@@ -157,19 +163,6 @@ class Checkpoints:
                 f"a checkpoint needs {needed_bytes} bytes, {free} are free in {self.folder}",
                 hint="free space there, lower checkpoint.keep_last, or set checkpoint.save_optim to false",
             )
-
-    def _write(
-        self, folder: Path, weights: Mapping[str, Tensor], state: Mapping[str, Any] | None, iteration: int
-    ) -> str:
-        """Write and sync this rank's files; return the digest of the weights."""
-        folder.mkdir()
-        digest = self.write_weights(folder / WEIGHTS_FILE, weights, iteration=iteration)
-        if state is not None:
-            torch.save(owned(state), folder / STATE_FILE)
-        for path in folder.iterdir():
-            fsync(path)
-        fsync(folder)
-        return digest
 
     def _complete(self, temporary: Path, final: Path, facts: Facts) -> None:
         """Give the checkpoint its name, point the tracker at it, and only then remove old ones."""
@@ -186,6 +179,47 @@ class Checkpoints:
 
     def _together(self) -> Together:
         return Together(self.mesh)
+
+
+class SavedState:
+    """The optimizer state of a rank folder, put together from the pieces of its data-parallel ranks; and random state."""
+
+    def __init__(self, folder: Path, dp_rank: int) -> None:
+        files = [
+            torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+            for path in sorted(folder.glob(state_file("*")))
+        ]
+        if not files:
+            raise CorruptCheckpoint(f"{folder} has no {state_file(dp_rank)}")
+        self.num_steps: int = files[0]["optimizer"]["num_steps"]
+        self.rng: dict[str, Tensor] = files[dp_rank if dp_rank < len(files) else 0]["rng"]
+        self._pieces = [file["optimizer"]["pieces"] for file in files]
+
+    def read(self, name: str, kind: Kind, start: int, stop: int) -> Tensor:
+        """Return elements of a flattened parameter's state, [stop - start]. Raises KeyError(name) if it is not there."""
+        found = torch.empty(stop - start)
+        num_left = stop - start
+        for pieces in self._pieces:
+            piece = pieces.get(name)
+            first, last = (0, 0) if piece is None else (max(start, piece["start"]), min(stop, piece["stop"]))
+            if first < last:
+                found[first - start : last - start] = piece["tensors"][kind][
+                    first - piece["start"] : last - piece["start"]
+                ]
+                num_left -= last - first
+        if num_left:
+            raise KeyError(name)
+        return found
+
+
+def state_file(dp_rank: int | str) -> str:
+    """Name of a data-parallel rank's file of optimizer and random state; with "*" a pattern of all."""
+    return f"temper_optim_{dp_rank:03d}.pt" if isinstance(dp_rank, int) else f"temper_optim_{dp_rank}.pt"
+
+
+def plain(state: OptimizerState) -> dict[str, Any]:
+    """Return an optimizer's state in types that torch reads back safely."""
+    return {"num_steps": state.num_steps, "pieces": {name: vars(piece) for name, piece in state.pieces.items()}}
 
 
 def write_tracker(folder: Path, iteration: int) -> None:

@@ -11,8 +11,9 @@ In float32 the flat weights are what AdamW updates; in bfloat16 it updates float
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -57,6 +58,30 @@ def build_schedule(spec: OptimizerSpec, train_iters: int) -> Schedule:
     return Schedule(spec.lr, spec.min_lr, spec.lr_decay_style, spec.lr_warmup_fraction * train_iters, train_iters)
 
 
+Kind = Literal["exp_avg", "exp_avg_sq", "master"]
+"""AdamW's two moments, and the float32 weights where those of the model are bfloat16."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """State of some consecutive elements of a flattened parameter, as this rank holds the parameter."""
+
+    start: int
+    stop: int
+    tensors: dict[Kind, Tensor]
+    """1-D, float32, `stop - start` elements."""
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """AdamW's state of the pieces of parameters that a rank steps."""
+
+    num_steps: int
+    """Updates so far."""
+    pieces: dict[str, Piece]
+    """By the parameter's name in this rank's module."""
+
+
 @dataclass
 class Group:
     """Parameters with one weight decay, in one flat buffer, and AdamW's state of them; all float32 but the buffer's weights."""
@@ -67,8 +92,6 @@ class Group:
     """What AdamW updates: the buffer's own weights, or a float32 copy of bfloat16 ones."""
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    num_steps: Tensor
-    """Scalar: updates so far; on the host where reading it would otherwise wait for the device."""
     slices: Tensor
     """The gradients that no other tensor-parallel rank has: the beginning of the buffer's."""
     addends: Tensor
@@ -86,14 +109,12 @@ class Group:
         )
         weights = buffer.weights
         master = weights if weights.dtype == torch.float32 else weights.float()
-        num_steps = torch.zeros((), device=master.device if _has_fused_adamw(master) else "cpu")
         return cls(
             buffer,
             weight_decay,
             master,
             exp_avg=torch.zeros_like(master),
             exp_avg_sq=torch.zeros_like(master),
-            num_steps=num_steps,
             slices=buffer.gradients[:copies],
             addends=buffer.gradients[addends:],
         )
@@ -102,6 +123,13 @@ class Group:
     def has_copy(self) -> bool:
         """Whether the master weights are a copy."""
         return self.master is not self.buffer.weights
+
+    def states(self) -> Iterator[tuple[Kind, Tensor]]:
+        """The flat tensors of a checkpoint beside the weights."""
+        yield "exp_avg", self.exp_avg
+        yield "exp_avg_sq", self.exp_avg_sq
+        if self.has_copy:
+            yield "master", self.master
 
 
 class Optimizer:
@@ -120,6 +148,7 @@ class Optimizer:
         decays = ((matrices, spec.weight_decay), (vectors, 0.0))
         self.mesh = mesh
         self.spec = spec
+        self.num_steps = 0
         self.groups = [Group.of(named, decay, held or {}) for named, decay in decays if named]
         self._tied = self._tied_gradients() if mesh.is_tied else {}
 
@@ -168,20 +197,23 @@ class Optimizer:
             self._adamw(group, learning_rate)
             if group.has_copy:
                 group.buffer.weights.copy_(group.master)
+        self.num_steps += 1
         return norm
 
     @torch.no_grad()
     def _adamw(self, group: Group, learning_rate: float) -> None:
         """Update the master weights by torch's AdamW (its function: the class would load the compiler, which takes seconds)."""
-        spec = self.spec
+        spec, is_fused = self.spec, _has_fused_adamw(group.master)
+        # It counts this up; on the host where reading it would otherwise wait for the device.
+        num_steps = torch.full((), float(self.num_steps), device=group.master.device if is_fused else "cpu")
         adamw(
             [group.master],
             [group.buffer.gradients],
             [group.exp_avg],
             [group.exp_avg_sq],
             [],
-            [group.num_steps],
-            fused=_has_fused_adamw(group.master),
+            [num_steps],
+            fused=is_fused,
             amsgrad=False,
             beta1=spec.adam_beta1,
             beta2=spec.adam_beta2,
@@ -200,31 +232,29 @@ class Optimizer:
             if not bool(torch.isfinite(slot.view(buffer.gradients)).all())
         ]
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return AdamW's state by parameter name: `exp_avg`, `exp_avg_sq`, `step`, and `master` where it is a copy.
+    def state_dict(self) -> OptimizerState:
+        """Return AdamW's state of what this rank steps; the tensors are views: write them out before the next step."""
+        if self.mesh.dp_rank != 0:
+            return OptimizerState(self.num_steps, {})
+        pieces = {
+            slot.name: Piece(0, slot.stop - slot.start, {kind: flat[slot.start : slot.stop] for kind, flat in states})
+            for group in self.groups
+            for states in [list(group.states())]
+            for slot in group.buffer.slots
+        }
+        return OptimizerState(self.num_steps, pieces)
 
-        The tensors are views: write them out before the next step.
+    def load_state(self, num_steps: int, read: Callable[[str, Kind, int, int], Tensor]) -> None:
+        """Take up a state of as many steps.
+
+        `read(name, kind, start, stop)` gives elements of a flattened parameter's state, 1-D float32; it raises KeyError with the name
+        of a parameter that is not known.
         """
-        state: dict[str, dict[str, Tensor]] = {}
+        self.num_steps = num_steps
         for group in self.groups:
             for slot in group.buffer.slots:
-                entry = {"exp_avg": slot.view(group.exp_avg), "exp_avg_sq": slot.view(group.exp_avg_sq)}
-                entry["step"] = group.num_steps
-                if group.has_copy:
-                    entry["master"] = slot.view(group.master)
-                state[slot.name] = entry
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take up a state written by `state_dict`; raise KeyError with the name of a parameter that it lacks."""
-        for group in self.groups:
-            for slot in group.buffer.slots:
-                entry = state[slot.name]
-                slot.view(group.exp_avg).copy_(entry["exp_avg"])
-                slot.view(group.exp_avg_sq).copy_(entry["exp_avg_sq"])
-                group.num_steps.copy_(entry["step"])
-                if group.has_copy:
-                    slot.view(group.master).copy_(entry["master"])
+                for kind, flat in group.states():
+                    flat[slot.start : slot.stop].copy_(read(slot.name, kind, 0, slot.stop - slot.start))
 
     def _tied_gradients(self) -> dict[str, Tensor]:
         """Return the gradients of this rank's copies of an embedding tied across stages."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from core.device.base import Accelerator
 from core.errors import CorruptCheckpoint, IncompatiblePlan, InvalidSpec, UnknownWeights
 from core.specs.training import TrainingSpec
-from core.training.checkpoint import FACTS, Facts
+from core.training.checkpoint import FACTS, Facts, SavedState
 from core.training.optimizer import Optimizer
 from core.training.trainer import Reporter
 
@@ -49,17 +48,17 @@ def resumed_facts(path: Path, now: Facts, spec: TrainingSpec, reporter: Reporter
     return replace(now, position=then.position, has_optimizer=then.has_optimizer)
 
 
-def restore(state: dict[str, Any], optimizer: Optimizer, accelerator: Accelerator) -> None:
+def restore(state: SavedState, optimizer: Optimizer, accelerator: Accelerator) -> None:
     """Take up the optimizer's and the random state."""
     try:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state(state.num_steps, state.read)
     except KeyError as error:
         raise IncompatiblePlan(
             f"the checkpoint has no optimizer state for {error}",
             hint="use the freeze settings of the checkpoint's training",
         ) from error
-    torch.set_rng_state(state["rng"]["host"].clone())
-    accelerator.set_rng_state(state["rng"]["device"].clone())
+    torch.set_rng_state(state.rng["host"].clone())
+    accelerator.set_rng_state(state.rng["device"].clone())
 
 
 def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:

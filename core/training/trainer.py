@@ -27,7 +27,7 @@ from core.parallel.data import all_reduce_rows
 from core.parallel.mesh import Mesh
 from core.parallel.pipeline import Pipeline
 from core.specs.training import TrainingSpec
-from core.training.checkpoint import Checkpoints, Facts, Position
+from core.training.checkpoint import Checkpoints, Facts, Position, plain
 from core.training.checks import FirstStep, OutOfMemory
 from core.training.heartbeat import Heartbeat
 from core.training.meters import Meters, log_line, mindspeed_line
@@ -197,7 +197,7 @@ class Trainer:
         state = None
         if self.spec.checkpoint.save_optim:
             rng = {"host": torch.get_rng_state(), "device": self.accelerator.rng_state()}
-            state = {"optimizer": self.optimizer.state_dict(), "rng": rng}
+            state = {"optimizer": plain(self.optimizer.state_dict()), "rng": rng}
         self.checkpoints.save(self.facts, self.model.state_dict(), state)
         self.saved_at = iteration
         seconds = time.perf_counter() - began

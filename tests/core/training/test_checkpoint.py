@@ -16,12 +16,16 @@ from core.conversion.mm import write_rank_file
 from core.errors import AppError, CorruptCheckpoint, DiskFull
 from core.parallel.mesh import Mesh, build_mesh
 from core.training import checkpoint
-from core.training.checkpoint import Checkpoints, Facts, Position
+from core.training.checkpoint import Checkpoints, Facts, Position, plain
+from core.training.optimizer import OptimizerState, Piece
 from tests.distributed import run
 
 FACTS = Facts(Position(5, 40), {"llm_pp_layers": [[4]]}, "fp32", 42, "abc", True)
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b.weight": torch.ones(4)}
-STATE = {"optimizer": {"a.weight": {"exp_avg": torch.ones(2, 3)}}}
+STATE = {
+    "optimizer": plain(OptimizerState(3, {"a.weight": Piece(0, 6, {"exp_avg": torch.ones(6)})})),
+    "rng": {"host": torch.zeros(4)},
+}
 
 
 def store(folder: Path, *, keep_last: int = 2, mesh: Mesh | None = None) -> Checkpoints:
@@ -44,7 +48,11 @@ class TestSave:
         assert (facts.position, facts.layout, facts.dataset) == (FACTS.position, FACTS.layout, "abc")
         loaded = dict(checkpoints.load_weights(path))
         assert all(torch.equal(loaded[name], tensor) for name, tensor in WEIGHTS.items())
-        assert checkpoints.load_state(path)["optimizer"]["a.weight"]["exp_avg"].sum() == 6
+        saved = checkpoints.load_state(path)
+        assert saved.num_steps == 3
+        assert torch.equal(saved.read("a.weight", "exp_avg", 1, 5), torch.ones(4))
+        with pytest.raises(KeyError, match=r"b\.weight"):
+            saved.read("b.weight", "exp_avg", 0, 1)
         assert (tmp_path / "latest_checkpointed_iteration.txt").read_bytes() == b"5"
 
     def test_weights_are_a_megatron_file_that_torch_reads_safely(self, tmp_path: Path) -> None:

@@ -317,7 +317,8 @@ def make_trainer(rank: Rank, spec: TrainingSpec, folder: Path, notes: Notes) -> 
         facts = Facts.read(newest)
         rank.model.load_state_dict(dict(checkpoints.load_weights(newest)))
         if spec.checkpoint.save_optim:
-            rank.optimizer.load_state_dict(checkpoints.load_state(newest)["optimizer"])
+            saved = checkpoints.load_state(newest)
+            rank.optimizer.load_state(saved.num_steps, saved.read)
     return Trainer(
         spec=spec,
         mesh=mesh,
