@@ -29,6 +29,7 @@ from core.models.adapter import (
     check_adapter_config,
     check_adapter_shapes,
     inspect_adapter_folder,
+    new_adapter_config,
 )
 from core.models.hf_folder import read_json
 from core.models.mapping import Shape, new_name, old_name
@@ -145,20 +146,7 @@ def _new_config(shapes: dict[str, Shape], lora_alpha: float | None, base_model: 
         raise InvalidModel(f"the checkpoint carries no {ADAPTER_CONFIG}; give lora_alpha", hint="it scales the adapter")
     if len(ranks) > 1:
         raise InvalidModel(f"the adapter has ranks {sorted(ranks)}; give the {ADAPTER_CONFIG} that it was made with")
-    return {
-        "base_model_name_or_path": base_model,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "lora_alpha": lora_alpha,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": ranks.pop(),
-        "target_modules": sorted(
-            {new_name(name).rsplit(".", 2)[0] for name in shapes}
-        ),  # in full: PEFT matches by ending
-        "task_type": "CAUSAL_LM",
-    }
+    return new_adapter_config(shapes, r=ranks.pop(), lora_alpha=lora_alpha, base_model=base_model)
 
 
 def _read_hf_files(folder: Path) -> tuple[dict[str, Any], list[str]]:

@@ -47,7 +47,8 @@ def write_rank_file(path: Path, state_dict: Mapping[str, torch.Tensor], *, itera
         found = re.fullmatch(r"(?:(model\d+)\.)?(.+)", name)
         assert found is not None, "names are not empty"
         chunks[found[1] or "model"][found[2]] = from_torch(tensor)
-    return write_pt(path, rank_tree(tuple(chunks[key] for key in sorted(chunks, key=_natural)), **more))
+    models = {key: chunks[key] for key in sorted(chunks, key=_natural)} or {"model": {}}
+    return write_pt(path, {"checkpoint_version": CHECKPOINT_VERSION, **more, **models})
 
 
 def _natural(key: str) -> tuple[int, str]:

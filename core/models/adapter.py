@@ -20,7 +20,7 @@ from typing import Any
 from core.errors import CorruptCheckpoint, IncompatiblePlan, InvalidModel, UnknownWeights
 from core.models.hf_folder import TensorEntry, listed, read_header, read_json
 from core.models.layout import Block, RankLayout, TensorLayout
-from core.models.mapping import InterleaveQKV, Place, Rename, Shape, at_layer, old_name
+from core.models.mapping import InterleaveQKV, Place, Rename, Shape, at_layer, new_name, old_name
 from core.models.plan import Column, Split, Stage, stages, whole
 from core.models.qwen2_5_vl.family import Config
 from core.models.registry import get_family
@@ -120,6 +120,23 @@ def check_adapter_config(config_json: Mapping[str, Any]) -> None:
     for name, plain in _PLAIN.items():
         if config_json.get(name, plain) not in (plain, None):
             raise InvalidModel(f"{ADAPTER_CONFIG}: {name} is {config_json[name]!r}; only {plain!r} can be converted")
+
+
+def new_adapter_config(names: Iterable[str], *, r: int, lora_alpha: float, base_model: str | None) -> dict[str, Any]:
+    """A PEFT config for an adapter of these weights (names without PEFT's prefix)."""
+    return {
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": r,
+        # In full: PEFT matches by ending, and both towers have a gate_proj.
+        "target_modules": sorted({new_name(name).rsplit(".", 2)[0] for name in names}),
+        "task_type": "CAUSAL_LM",
+    }
 
 
 def check_adapter_shapes(config: Config, shapes: Mapping[str, Shape]) -> None:

@@ -31,6 +31,17 @@ class Place(enum.Enum):
     LLM_LAYER = "llm_layer"
     OUTPUT = "output"
 
+    @property
+    def tower(self) -> str:
+        """`vision_encoder`, `vision_projector` or `text_decoder`, as a spec's `freeze` names them."""
+        match self:
+            case Place.PATCH_EMBED | Place.VIT_LAYER:
+                return "vision_encoder"
+            case Place.PROJECTOR:
+                return "vision_projector"
+            case Place.EMBEDDING | Place.LLM_LAYER | Place.OUTPUT:
+                return "text_decoder"
+
 
 @dataclass(frozen=True)
 class Rows:

@@ -62,18 +62,21 @@ def shard(model: nn.Module, plan: Plan, mesh: Mesh) -> dict[str, Held]:
         rule = plan.get(pattern(f"{name}.weight"), Replicate())
         if isinstance(rule, Replicate):
             continue
-        sequence = name.startswith(SEQUENCE_PARALLEL)
         match module:
-            case nn.Linear() if isinstance(rule, Column):
-                _replace(model, name, SplitInputLinear(module, rule, group, sequence=sequence))
             case nn.Linear():
-                _replace(model, name, SplitOutputLinear(module, rule, group, sequence=sequence))
+                _replace(model, name, split_linear(module, rule, group, sequence=name.startswith(SEQUENCE_PARALLEL)))
             case nn.Embedding():
                 _replace(model, name, SplitEmbedding(module, rule, group))
             case _:
                 raise AssertionError(f"no layer for {name}, a {type(module).__name__} cut by {rule}")
     _scatter_after_embedding(model, group)
     return {name: held(name, plan) for name, _ in model.named_parameters()}
+
+
+def split_linear(whole: nn.Linear, rule: ShardRule, group: ProcessGroup, *, sequence: bool) -> nn.Module:
+    """Make this rank's part of a linear layer that is cut by `rule`; `sequence`: in the sequence-parallel part."""
+    kind = SplitInputLinear if isinstance(rule, Column) else SplitOutputLinear
+    return kind(whole, rule, group, sequence=sequence)
 
 
 def held(name: str, plan: Plan) -> Held:
@@ -156,7 +159,7 @@ class _SplitOutput(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup, sequence: bool
     ) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if weight.requires_grad else None)
         ctx.weight, ctx.group, ctx.sequence = weight, group, sequence  # the parameter itself, for its .grad
         return F.linear(gather_rows(x, group) if sequence else x, weight, bias)
 
@@ -166,15 +169,15 @@ class _SplitOutput(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         weight, group = ctx.weight, ctx.group
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        arriving = start_gather_rows(x, group) if ctx.sequence and wants_weight else Pending(x, None)
-        leaving = None
+        arriving = leaving = d_weight = None
+        if wants_weight:
+            arriving = start_gather_rows(x, group) if ctx.sequence else Pending(x, None)
         if wants_x:
             addend = gradient.matmul(weight)
             leaving = start_reduce_scatter_rows(addend, group) if ctx.sequence else start_sum(addend, group)
-        d_weight = None
-        if wants_weight and getattr(weight, "accumulates", False):  # see core.models.layers.linear
+        if arriving is not None and getattr(weight, "accumulates", False):  # see core.models.layers.linear
             weight.grad.addmm_(gradient.t(), arriving.wait())
-        elif wants_weight:
+        elif arriving is not None:
             d_weight = gradient.t().matmul(arriving.wait())
         d_bias = gradient.sum(0) if wants_bias else None
         return None if leaving is None else leaving.wait(), d_weight, d_bias, None, None

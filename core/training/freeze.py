@@ -47,12 +47,15 @@ def tower_of(name: str) -> str:
     raise AssertionError(f"parameter {name} belongs to no tower")
 
 
-def freeze(model: nn.Module, spec: FreezeSpec) -> list[ParameterRow]:
-    """Mark the parameters of frozen towers; return the table of all parameters of this stage."""
+def freeze(model: nn.Module, spec: FreezeSpec, *, all_weights: bool = False) -> list[ParameterRow]:
+    """Mark the parameters of frozen towers; return the table of all parameters of this stage.
+
+    With `all_weights` those of the other towers are frozen too: LoRA trains adapters, and the spec says which towers get some.
+    """
     rows = []
     for name, parameter in model.named_parameters():
         tower = tower_of(name)
-        trained = not getattr(spec, tower)
+        trained = not (all_weights or getattr(spec, tower))
         parameter.requires_grad_(trained)
         rows.append(ParameterRow(name, tower, tuple(parameter.shape), trained))
     return rows

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from core.data.loader import LossReduction
 from core.models.layers.recompute import Recompute, RecomputePolicy
+from core.models.lora import with_adapters
 from core.models.plan import Replicate
 from core.models.qwen2_5_vl.family import PLAN
 from core.parallel.tensor import cut, pattern
@@ -93,7 +94,7 @@ def assert_same(steps: list[Step], expected: Step, *, tied: bool, tp: int = 1) -
 
 def own_part(whole: Tensor, name: str, tp: int, tp_rank: int) -> Tensor:
     """What a tensor-parallel rank holds of the whole model's tensor."""
-    return cut(whole, PLAN[pattern(name)], tp_size=tp, tp_rank=tp_rank)
+    return cut(whole, with_adapters(PLAN)[pattern(name)], tp_size=tp, tp_rank=tp_rank)
 
 
 def as_one_process(name: str, tied: bool) -> str:

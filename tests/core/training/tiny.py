@@ -19,6 +19,7 @@ from core.data.plan import plan_step
 from core.device.cpu import CpuAccelerator
 from core.models.batch import PackedBatch
 from core.models.layers.recompute import Recompute
+from core.models.lora import adapted_layers
 from core.models.plan import Stage, stages, whole
 from core.models.positions import mrope_positions
 from core.models.qwen2_5_vl.family import PLAN, Config, TextConfig, VisionConfig
@@ -30,6 +31,7 @@ from core.specs.parallel import ParallelSpec
 from core.specs.training import FreezeSpec, OptimizerSpec, TrainingSpec
 from core.training.checkpoint import Checkpoints, Facts, Position
 from core.training.freeze import freeze
+from core.training.lora import Adapters
 from core.training.optimizer import Optimizer
 from core.training.trainer import Outcome, Trainer
 from core.training.wiring import Head, build_pipeline, join, shard_chunks
@@ -168,6 +170,8 @@ class Case:
     """`llm` and `vit` count the layers of `vpp` stages per rank, in the order of the model"""
     recompute: Recompute | None = None
     loss_reduction: LossReduction = "token"
+    lora: tuple[str, ...] = ()
+    """`target_modules` of adapters of rank 4"""
 
     @property
     def pp(self) -> int:
@@ -213,8 +217,15 @@ class Rank:
         self.own_stages = self.stages[self.mesh.pp_rank :: case.pp]
         chunks = [stage_model(self.config, stage, recompute=case.recompute) for stage in self.own_stages]
         self.model: nn.Module = join(chunks)
-        freeze(self.model, case.frozen)
+        freeze(self.model, case.frozen, all_weights=bool(case.lora))
         held = shard_chunks(chunks, PLAN, self.mesh)
+        if case.lora:
+            layers = adapted_layers(self.config, case.lora, {tower for tower, frozen in case.frozen if frozen})
+            self.adapters = Adapters(self.config, tuple(layers), r=4, alpha=8, seed=3)
+            held |= self.adapters.attach(chunks, self.own_stages, PLAN, self.mesh)[1]
+            parameters = dict(self.model.named_parameters())
+            for name, value in self.adapters.initial(self.own_stages, self.mesh):
+                parameters[name].data.copy_(value)
         self.optimizer = Optimizer(
             self.model, optimizer or SMOOTH.model_copy(update={"clip_grad": case.clip_grad}), self.mesh, held=held
         )
