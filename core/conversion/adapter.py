@@ -7,18 +7,14 @@ without them (MindSpeed-MM writes none) is exported with a config made from its 
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from core.conversion.apply import Findings, whole_tensor
-from core.conversion.convert import MMOutput, Written, out_tensors, require_empty, write_all, write_mm
+from core.conversion.apply import whole_tensor
 from core.conversion.files import HashingWriter, make_folder
-from core.conversion.hf import HFWeights, write_safetensors
-from core.conversion.journal import Journal
-from core.conversion.mm import AdapterWeights
-from core.conversion.verify import check_equal
-from core.conversion.writing import OutFile, Quiet, SharedWatch, Watch
+from core.conversion.hf import HFWeights
+from core.conversion.mm import AdapterWeights, write_tracker
+from core.conversion.output import AS_IS, Options, Written, rank_files, safetensors_file, verify_weights, write_weights
 from core.errors import InvalidModel
 from core.models.adapter import (
     ADAPTER_CONFIG,
@@ -41,20 +37,9 @@ KEYS_FILE = "adapter_keys.json"
 """In `hf/`: PEFT's keys, in order."""
 
 
-def adapter_to_mm(
-    source: AdapterFolder,
-    target: Path,
-    parallel: Split,
-    *,
-    dtype: str | None = None,
-    verify: bool = False,
-    watch: Watch | None = None,
-    journal: Journal | None = None,
-) -> Written:
+def adapter_to_mm(source: AdapterFolder, target: Path, parallel: Split, options: Options = AS_IS) -> Written:
     """Write `release/mp_rank_*/model_optim_rng.pt` and `hf/`."""
-    require_empty(target, journal)
-    output = _output(source.config, parallel, source.shapes, dtype, verify)
-    written = write_mm(HFWeights(source), output, target, SharedWatch(watch or Quiet()), journal)
+    written = _write_mm(HFWeights(source), source.shapes, source.config, target, parallel, options)
     _write_hf_files(target / "hf", source.config_json, source.keys)
     return written
 
@@ -65,20 +50,29 @@ def adapter_reshard(
     source_parallel: Split,
     target: Path,
     parallel: Split,
-    *,
-    dtype: str | None = None,
-    verify: bool = False,
-    watch: Watch | None = None,
-    journal: Journal | None = None,
+    options: Options = AS_IS,
 ) -> Written:
     """Write the adapter in another split; `hf/` goes along."""
-    shared = SharedWatch(watch or Quiet())
-    weights = _open(source, config, source_parallel, shared)
-    require_empty(target, journal)
-    written = write_mm(weights, _output(config, parallel, weights.shapes, dtype, verify), target, shared, journal)
+    weights = _open(source, config, source_parallel, options)
+    written = _write_mm(weights, weights.shapes, config, target, parallel, options)
     if source.hf_dir is not None:
-        config_json, keys = _read_hf_files(source.hf_dir)
-        _write_hf_files(target / "hf", config_json, keys)
+        _write_hf_files(target / "hf", *_read_hf_files(source.hf_dir))
+    return written
+
+
+def _write_mm(
+    weights: HFWeights | AdapterWeights,
+    shapes: dict[str, Shape],
+    config: Config,
+    target: Path,
+    parallel: Split,
+    options: Options,
+) -> Written:
+    written = write_weights(weights, shapes, rank_files(adapter_layouts(config, parallel, shapes)), target, options)
+    write_tracker(target)
+    verify_weights(
+        weights, shapes, lambda: AdapterWeights(inspect_mm_folder(target, parallel), config, parallel), options
+    )
     return written
 
 
@@ -87,20 +81,16 @@ def adapter_to_hf(
     config: Config,
     source_parallel: Split,
     target: Path,
+    options: Options = AS_IS,
     *,
     lora_alpha: float | None = None,
     base_model: str | None = None,
-    dtype: str | None = None,
-    verify: bool = False,
-    watch: Watch | None = None,
-    journal: Journal | None = None,
 ) -> Written:
     """Write a PEFT folder.
 
     `lora_alpha` and `base_model` (PEFT's `base_model_name_or_path`) are for a checkpoint that does not carry them.
     """
-    shared = SharedWatch(watch or Quiet())
-    weights = _open(source, config, source_parallel, shared)
+    weights = _open(source, config, source_parallel, options)
     shapes = weights.shapes
     if source.hf_dir is not None and (source.hf_dir / ADAPTER_CONFIG).is_file():
         config_json, keys = _read_hf_files(source.hf_dir)
@@ -109,34 +99,17 @@ def adapter_to_hf(
     names = {key: old_name(key.removeprefix(PREFIX)) for key in keys}
     if set(names.values()) != set(shapes):
         raise InvalidModel(f"the keys that {source.path} carries are not those of its weights")
-    require_empty(target, journal)
-    findings = Findings()
     layouts = {key: whole_tensor(name, shapes[name]) for key, name in names.items()}
-    tensors = out_tensors(layouts, weights, dtype, shared, findings)
-    size = sum(tensor.size_bytes for tensor in tensors.values())
-    files = [OutFile(ADAPTER_FILE, size, partial(write_safetensors, tensors=tensors), findings)]
-    make_folder(target)
-    digests = write_all(target, files, shared, journal, to_verify=size if verify else 0)
+    written = write_weights(weights, shapes, [safetensors_file(ADAPTER_FILE, layouts)], target, options)
     _write_json(target / ADAPTER_CONFIG, config_json)
-    if verify:
-        check_equal(shapes, weights, HFWeights(inspect_adapter_folder(target, config)), shared)
-    return Written(len(tensors), size, sorted({tensor.dtype for tensor in tensors.values()}), digests)
+    verify_weights(weights, shapes, lambda: HFWeights(inspect_adapter_folder(target, config)), options)
+    return written
 
 
-def _output(config: Config, parallel: Split, shapes: dict[str, Shape], dtype: str | None, verify: bool) -> MMOutput:
-    return MMOutput(
-        shapes=shapes,
-        ranks=adapter_layouts(config, parallel, shapes),
-        pp_size=len(parallel.llm_pp_layers[0]),
-        dtype=dtype,
-        reopen=(lambda path: AdapterWeights(inspect_mm_folder(path, parallel), config, parallel)) if verify else None,
-    )
-
-
-def _open(source: MMFolder, config: Config, parallel: Split, watch: SharedWatch) -> AdapterWeights:
+def _open(source: MMFolder, config: Config, parallel: Split, options: Options) -> AdapterWeights:
     weights = AdapterWeights(source, config, parallel)
     check_adapter_shapes(config, weights.shapes)
-    weights.warn_of_replicas(watch)
+    weights.warn_of_replicas(options.watch)
     return weights
 
 

@@ -272,6 +272,7 @@ class Planner:
             source = replace(
                 source, metadata={**source.metadata, "config": subjects["hf_source"].metadata.get("config")}
             )
+        _check_verify(spec, source)
         if source.kind in ("mm_checkpoint", "mm_adapter"):
             self._source_layout(spec, source)
             if source.config is None and source.job is None:
@@ -529,6 +530,23 @@ def _check_adapter_fields(spec: ConversionSpec, kind: str) -> None:
         raise InvalidSpec(f"spec.lora_alpha has no effect: the source is no adapter but of kind {kind}")
     if kind == "hf_model" and spec.hf_source is not None:
         raise InvalidSpec("spec.hf_source has no effect: the source is a Hugging Face folder itself")
+
+
+def _check_verify(spec: ConversionSpec, source: Subject) -> None:
+    """Both forms must be of a model that Temper can run."""
+    if spec.verify != "logits":
+        return
+    reason = None
+    if source.kind in ADAPTER_KINDS:
+        reason = "an adapter has none by itself"
+    elif spec.canonical or source.metadata.get("canonical"):
+        reason = "Temper runs the fused layout, not the canonical one"
+    elif source.config is not None and get_family(source.config.family).model is None:
+        reason = f"this version only converts {source.config.family} and cannot run it"
+    if reason:
+        raise UnsupportedOption(
+            f"spec.verify: no logits to compare: {reason}", hint="verify: true compares every weight"
+        )
 
 
 def _require_model(field: str, config: Config) -> None:

@@ -6,15 +6,15 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import core
 from core.conversion.adapter import adapter_reshard, adapter_to_hf, adapter_to_mm
-from core.conversion.convert import Written, hf_to_mm, mm_to_hf, reshard
+from core.conversion.convert import hf_to_mm, mm_to_hf, reshard
 from core.conversion.journal import Journal
-from core.conversion.writing import Watch
+from core.conversion.output import Options, Written
 from core.errors import DiskFull, IncompatiblePlan, InvalidSpec
 from core.models.adapter import inspect_adapter_folder
 from core.models.hf_folder import inspect_hf_folder, read_config
@@ -22,10 +22,12 @@ from core.models.mm_folder import MMFolder, inspect_mm_folder
 from core.models.qwen2_5_vl.family import Config
 from core.models.registry import detect
 from core.runners.context import InputArtifact, RunContext, Stopped
-from core.specs.base import DType
 from core.specs.conversion import ConversionSpec
 from core.specs.parallel import ParallelSpec
 from core.storage.manifest import walk_files
+
+if TYPE_CHECKING:
+    from core.conversion.logits import Side
 
 PROGRESS_INTERVAL_S = 0.5
 SPARE_BYTES = 64 << 20
@@ -67,12 +69,13 @@ class _Made:
 
 
 def _convert(ctx: RunContext, spec: ConversionSpec, journal: Journal) -> _Made:
+    options = Options(spec.dtype, bool(spec.verify), ctx.allow_roots, _Watch(ctx, journal.target), journal)
     if ctx.inputs["source"].kind in ("hf_adapter", "mm_adapter"):
-        return _adapter(ctx, spec, journal)
-    return _to_hf(ctx, spec, journal) if spec.operation == "mm_to_hf" else _to_mm(ctx, spec, journal)
+        return _adapter(ctx, spec, journal.target, options)
+    return (_to_hf if spec.operation == "mm_to_hf" else _to_mm)(ctx, spec, journal.target, options)
 
 
-def _adapter(ctx: RunContext, spec: ConversionSpec, journal: Journal) -> _Made:
+def _adapter(ctx: RunContext, spec: ConversionSpec, target: Path, options: Options) -> _Made:
     source = ctx.inputs["source"]
     config_json = (
         read_config(ctx.inputs["hf_source"].path) if "hf_source" in ctx.inputs else source.metadata.get("config")
@@ -81,12 +84,10 @@ def _adapter(ctx: RunContext, spec: ConversionSpec, journal: Journal) -> _Made:
         raise InvalidSpec(f"{source.path} does not record its model's config; give hf_source")
     family = detect(config_json)
     config = family.parse_config(config_json)
-    watch = _Watch(ctx, journal.target)
-    options: _AdapterOptions = {"dtype": spec.dtype, "verify": spec.verify, "watch": watch, "journal": journal}
     metadata: dict[str, Any] = {"family": family.name, "config": config_json}
     if spec.operation == "hf_to_mm":
         assert spec.parallel is not None, "the spec requires it"
-        written = adapter_to_mm(inspect_adapter_folder(source.path, config), journal.target, spec.parallel, **options)
+        written = adapter_to_mm(inspect_adapter_folder(source.path, config), target, spec.parallel, options)
     else:
         parallel = _source_parallel(source, spec)
         folder = inspect_mm_folder(source.path, parallel)
@@ -95,41 +96,37 @@ def _adapter(ctx: RunContext, spec: ConversionSpec, journal: Journal) -> _Made:
                 folder,
                 config,
                 parallel,
-                journal.target,
+                target,
+                options,
                 lora_alpha=spec.lora_alpha,
                 base_model=config_json.get("_name_or_path"),
-                **options,
             )
             return _Made("model", "hf_adapter", metadata | _verified(ctx, spec, written), written.digests)
         assert spec.parallel is not None, "the spec requires it"
-        written = adapter_reshard(folder, config, parallel, journal.target, spec.parallel, **options)
+        written = adapter_reshard(folder, config, parallel, target, spec.parallel, options)
     metadata |= {"parallel": spec.parallel.model_dump(mode="json"), "iteration": None}
     return _Made("checkpoint", "mm_adapter", metadata | _verified(ctx, spec, written), written.digests)
 
 
-def _to_mm(ctx: RunContext, spec: ConversionSpec, journal: Journal) -> _Made:
+def _to_mm(ctx: RunContext, spec: ConversionSpec, target: Path, options: Options) -> _Made:
     assert spec.parallel is not None, "the spec requires it with both operations"
-    target, watch = journal.target, _Watch(ctx, journal.target)
-    options: _Options = {"dtype": spec.dtype, "allow_roots": ctx.allow_roots, "verify": spec.verify}
     if spec.operation == "hf_to_mm":
         folder = inspect_hf_folder(ctx.inputs["source"].path)
+        config = folder.config
         ctx.log.info("%s: %d tensors, %d bytes", folder.path, len(folder.tensors), folder.total_bytes)
-        written = hf_to_mm(
-            folder, target, spec.parallel, canonical=spec.canonical, watch=watch, journal=journal, **options
-        )
+        written = hf_to_mm(folder, target, spec.parallel, options, canonical=spec.canonical)
     else:
         mm = _open_mm(ctx, spec)
+        config = mm.config
         written = reshard(
             mm.folder,
             mm.config,
             mm.parallel,
             target,
             spec.parallel,
+            options,
             hf_files=mm.hf_files,
             canonical=spec.canonical,
-            watch=watch,
-            journal=journal,
-            **options,
         )
     config_json = read_config(target / "hf")
     metadata = {
@@ -140,26 +137,35 @@ def _to_mm(ctx: RunContext, spec: ConversionSpec, journal: Journal) -> _Made:
         "dtype": written.dtypes[0] if len(written.dtypes) == 1 else None,
         "iteration": None,
     }
-    return _Made("checkpoint", "mm_checkpoint", metadata | _verified(ctx, spec, written), written.digests)
+    metadata |= _verified(ctx, spec, written)
+    if spec.verify == "logits":
+        from core.conversion.logits import HFSide, MMSide
+
+        source = HFSide(folder) if spec.operation == "hf_to_mm" else MMSide(mm.folder, mm.config, mm.parallel)
+        output = MMSide(inspect_mm_folder(target), config, spec.parallel)
+        metadata |= _same_logits(ctx, options, source, output)
+    return _Made("checkpoint", "mm_checkpoint", metadata, written.digests)
 
 
-def _to_hf(ctx: RunContext, spec: ConversionSpec, journal: Journal) -> _Made:
+def _to_hf(ctx: RunContext, spec: ConversionSpec, target: Path, options: Options) -> _Made:
     mm = _open_mm(ctx, spec)
-    options: _Options = {"dtype": spec.dtype, "allow_roots": ctx.allow_roots, "verify": spec.verify}
     written = mm_to_hf(
         mm.folder,
         mm.config,
         mm.parallel,
-        journal.target,
+        target,
+        options,
         hf_files=mm.hf_files,
         max_shard_bytes=spec.max_shard_bytes,
-        watch=_Watch(ctx, journal.target),
-        journal=journal,
-        **options,
     )
-    result = inspect_hf_folder(journal.target)
+    result = inspect_hf_folder(target)
     ctx.log.info("checked: %d tensors, %d bytes", len(result.tensors), result.total_bytes)
-    return _Made("model", "hf_model", result.metadata | _verified(ctx, spec, written), written.digests)
+    metadata = result.metadata | _verified(ctx, spec, written)
+    if spec.verify == "logits":
+        from core.conversion.logits import HFSide, MMSide
+
+        metadata |= _same_logits(ctx, options, MMSide(mm.folder, mm.config, mm.parallel), HFSide(result))
+    return _Made("model", "hf_model", metadata, written.digests)
 
 
 def _verified(ctx: RunContext, spec: ConversionSpec, written: Written) -> dict[str, Any]:
@@ -168,6 +174,21 @@ def _verified(ctx: RunContext, spec: ConversionSpec, written: Written) -> dict[s
         return {}
     ctx.log.info("verified: %d tensors were read back from the disk and equal their sources", written.num_tensors)
     return {"verified": True}
+
+
+def _same_logits(ctx: RunContext, options: Options, source: Side, output: Side) -> dict[str, Any]:
+    """Compare what both forms of the model compute; what is found goes into the artifact's metadata."""
+    from core.conversion.logits import compare_logits
+
+    report = compare_logits(source, output, dtype=options.dtype, tick=lambda: options.watch.advance(0))
+    ctx.log.info(
+        "verified: logits of vision layers %s and language layers %s differ by %.1e at most, the largest is %.1e",
+        report.vision_layers,
+        report.language_layers,
+        report.difference,
+        report.largest,
+    )
+    return {"verified_logits": asdict(report)}
 
 
 def _plan_digest(ctx: RunContext) -> str:
@@ -179,19 +200,6 @@ def _plan_digest(ctx: RunContext) -> str:
     ]
     plan = [core.__version__, ctx.spec.model_dump(mode="json"), sources]
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-
-
-class _AdapterOptions(TypedDict):
-    dtype: DType | None
-    verify: bool
-    watch: Watch
-    journal: Journal
-
-
-class _Options(TypedDict):
-    dtype: DType | None
-    allow_roots: tuple[Path, ...]
-    verify: bool
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from core.conversion.adapter import adapter_reshard, adapter_to_hf, adapter_to_mm
+from core.conversion.output import Options
 from core.conversion.pt import from_torch, write_pt
 from core.errors import IncompatiblePlan, InvalidModel, UnknownWeights
 from core.models.adapter import ADAPTER_CONFIG, ADAPTER_FILE, inspect_adapter_folder
@@ -75,10 +76,10 @@ class TestThereAndBack:
     ) -> None:
         old = {"prefix": "base_model.model.model.layers.", "vision_prefix": "base_model.model.visual.blocks."}
         path = write_adapter(**(old if prefixes == "old" else {}))
-        adapter_to_mm(inspect_adapter_folder(path, config), tmp_path / "a", first, verify=True)
+        adapter_to_mm(inspect_adapter_folder(path, config), tmp_path / "a", first, Options(verify=True))
         source = inspect_mm_folder(tmp_path / "a", first)
-        adapter_reshard(source, config, first, tmp_path / "b", second, verify=True)
-        adapter_to_hf(inspect_mm_folder(tmp_path / "b"), config, second, tmp_path / "back", verify=True)
+        adapter_reshard(source, config, first, tmp_path / "b", second, Options(verify=True))
+        adapter_to_hf(inspect_mm_folder(tmp_path / "b"), config, second, tmp_path / "back", Options(verify=True))
         assert folder_bytes(tmp_path / "back") == folder_bytes(path)
 
     def test_names_and_cuts_are_mindspeeds(self, tmp_path: Path, config: Config, write_adapter: Write) -> None:
@@ -157,7 +158,7 @@ class TestRefusals:
         source = inspect_adapter_folder(write_adapter(vision=("attn.qkv",)), config)
         with pytest.raises(IncompatiblePlan, match="tp_size=1 only"):
             adapter_to_mm(source, tmp_path / "mm", TWO_BY_TWO)
-        adapter_to_mm(source, tmp_path / "mm", split([[1, 3]], [[3, 0]]), verify=True)
+        adapter_to_mm(source, tmp_path / "mm", split([[1, 3]], [[3, 0]]), Options(verify=True))
 
     def test_a_wrong_source_parallel(self, tmp_path: Path, config: Config, write_adapter: Write) -> None:
         adapter_to_mm(inspect_adapter_folder(write_adapter(), config), tmp_path / "mm", TWO_BY_TWO)

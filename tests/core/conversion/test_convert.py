@@ -18,6 +18,7 @@ from core.conversion.apply import cast
 from core.conversion.convert import hf_to_mm, mm_to_hf, reshard
 from core.conversion.hf import HFWeights
 from core.conversion.mm import MMWeights
+from core.conversion.output import AS_IS, Options
 from core.conversion.pt import from_torch, write_pt
 from core.conversion.verify import differing
 from core.conversion.writing import Quiet
@@ -36,10 +37,12 @@ OLDER = TinyShape(vision_layers=3, text_layers=4, vision_ffn=128, family="qwen2_
 WIDE = TinyShape(vision_layers=3, text_layers=4, vision_heads=8, vision_ffn=64, heads=8, kv_heads=8, ffn=128)
 
 
-def export(mm_dir: Path, source: HFFolder, parallel: ParallelSpec, target: Path, **options: object) -> HFFolder:
+def export(
+    mm_dir: Path, source: HFFolder, parallel: ParallelSpec, target: Path, options: Options = AS_IS, **more: int
+) -> HFFolder:
     folder = inspect_mm_folder(mm_dir, parallel)
     assert folder.hf_dir is not None
-    mm_to_hf(folder, source.config, parallel, target, hf_files=folder.hf_dir, **options)  # type: ignore[arg-type]
+    mm_to_hf(folder, source.config, parallel, target, options, hf_files=folder.hf_dir, **more)
     return inspect_hf_folder(target)
 
 
@@ -228,7 +231,7 @@ def splits(draw: st.DrawFn, source: HFFolder) -> ParallelSpec:
 
 class TestOptions:
     def test_a_cast_rounds_as_torch_does_and_config_says_so(self, tmp_path: Path, source: HFFolder) -> None:
-        hf_to_mm(source, tmp_path / "mm", TWO_BY_TWO, dtype="bfloat16")
+        hf_to_mm(source, tmp_path / "mm", TWO_BY_TWO, Options(dtype="bfloat16"))
         back = export(tmp_path / "mm", source, TWO_BY_TWO, tmp_path / "back")
         assert back.dtypes == {"bfloat16"}
         assert back.config.dtype == "bfloat16"
@@ -240,7 +243,7 @@ class TestOptions:
 
     def test_a_cast_on_export(self, tmp_path: Path, source: HFFolder) -> None:
         hf_to_mm(source, tmp_path / "mm", ONE)
-        back = export(tmp_path / "mm", source, ONE, tmp_path / "back", dtype="float16")
+        back = export(tmp_path / "mm", source, ONE, tmp_path / "back", Options(dtype="float16"))
         assert (back.dtypes, back.config.dtype) == ({"float16"}, "float16")
 
     def test_shards_of_a_size(self, tmp_path: Path, source: HFFolder) -> None:
@@ -265,7 +268,7 @@ class TestOptions:
                 self.files += 1
 
         watch = Counting()
-        written = hf_to_mm(source, tmp_path / "mm", TWO_BY_TWO, watch=watch)
+        written = hf_to_mm(source, tmp_path / "mm", TWO_BY_TWO, Options(watch=watch))
         assert watch.total == watch.done == written.total_bytes > source.total_bytes
         assert watch.files == len(written.digests) == 4
 
@@ -299,10 +302,10 @@ class TestValues:
         source = inspect_hf_folder(path)
         wanted = "NaN or infinite values in model.layers.2.self_attn.k_proj.weight, visual.blocks.1.attn.proj.weight"
         watch = Listening()
-        hf_to_mm(source, tmp_path / "mm", TWO_BY_TWO, watch=watch)
+        hf_to_mm(source, tmp_path / "mm", TWO_BY_TWO, Options(watch=watch))
         assert watch.heard == {"non_finite_weights": wanted}
         back = Listening()
-        export(tmp_path / "mm", source, TWO_BY_TWO, tmp_path / "back", watch=back)
+        export(tmp_path / "mm", source, TWO_BY_TWO, tmp_path / "back", Options(watch=back))
         assert back.heard == watch.heard
         assert folder_bytes(tmp_path / "back") == folder_bytes(path)
 
@@ -312,7 +315,7 @@ class TestValues:
         weights["model.norm.weight"] = weights["model.norm.weight"] * 1e6
         write_safetensors(path / "model.safetensors", weights)
         watch = Listening()
-        hf_to_mm(inspect_hf_folder(path), tmp_path / "mm", ONE, dtype="float16", watch=watch)
+        hf_to_mm(inspect_hf_folder(path), tmp_path / "mm", ONE, Options("float16", watch=watch))
         assert watch.heard == {"overflow": "values too large for the new type became infinite in model.norm.weight"}
 
     @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
@@ -429,7 +432,7 @@ class TestRefusals:
         (source.path / "extra.json").symlink_to(secret)
         with pytest.raises(InvalidModel, match="leads out of its folder"):
             hf_to_mm(source, tmp_path / "mm", ONE)
-        hf_to_mm(source, tmp_path / "allowed", ONE, allow_roots=(tmp_path,))
+        hf_to_mm(source, tmp_path / "allowed", ONE, Options(allow_roots=(tmp_path,)))
         assert (tmp_path / "allowed/hf/extra.json").read_text() == "{}"
 
 
@@ -481,7 +484,7 @@ class TestBrokenCheckpoints:
     def test_replicas_that_differ_are_warned_of(self, source: HFFolder, mm_dir: Path, tmp_path: Path) -> None:
         watch = Listening()
         edit_rank(mm_dir, "mp_rank_01_001", **{"text_decoder.decoder.final_layernorm.weight": torch.zeros(64)})
-        export(mm_dir, source, TWO_BY_TWO, tmp_path / "back", watch=watch)
+        export(mm_dir, source, TWO_BY_TWO, tmp_path / "back", Options(watch=watch))
         where = "mp_rank_01_001/model_optim_rng.pt: text_decoder.decoder.final_layernorm.weight"
         assert where in watch.heard["replicas_differ"]
 

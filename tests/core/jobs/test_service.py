@@ -135,6 +135,10 @@ class TestRefusals:
             for kind, spec in (("training", training_spec(older, data)), ("evaluation", evaluation)):
                 with pytest.raises(UnsupportedOption, match=r"spec\.model: this version only converts qwen2_vl"):
                     submit(session, settings, kind, spec)
+            spec = {"operation": "hf_to_mm", "source": {"artifact": older.id}, "parallel": LAYOUT_7B}
+            submit(session, settings, "conversion", spec | {"verify": True})
+            with pytest.raises(UnsupportedOption, match=r"spec\.verify: no logits to compare: .* qwen2_vl"):
+                submit(session, settings, "conversion", spec | {"verify": "logits"})
 
     def test_an_adapter_without_its_model_and_options_that_have_no_effect(
         self, database: Database, settings: Settings
@@ -151,6 +155,8 @@ class TestRefusals:
             job = submit(session, settings, "conversion", spec | {"hf_source": model})
             export = {"operation": "mm_to_hf", "source": {"job": job.id}}
             submit(session, settings, "conversion", export)
+            with pytest.raises(UnsupportedOption, match=r"spec\.verify: .* an adapter has none by itself"):
+                submit(session, settings, "conversion", export | {"verify": "logits"})
             with pytest.raises(InvalidSpec, match=r"spec\.max_shard_bytes has no effect on an adapter"):
                 submit(session, settings, "conversion", export | {"max_shard_bytes": 1 << 20})
             with pytest.raises(AppError) as caught:

@@ -307,6 +307,18 @@ class TestVerify:
         assert [made.metadata["verified"] for made in (first, second, back)] == [True] * 3
         assert sum("read back from the disk" in message for message in caplog.messages) == 3
 
+    def test_logits_of_both_forms_are_compared(self, jobs: Jobs, model: InputArtifact) -> None:
+        pytest.importorskip("transformers")
+        spec = {"operation": "hf_to_mm", "parallel": PARALLEL, "verify": "logits", "dtype": "bfloat16"}
+        first = jobs.run(spec, source=model)
+        second = jobs.run({"operation": "reshard", "parallel": OTHER, "verify": "logits"}, source=first)
+        back = jobs.run({"operation": "mm_to_hf", "verify": "logits"}, source=second)
+        for made in (first, second, back):
+            assert made.metadata["verified"] is True
+            report = made.metadata["verified_logits"]
+            assert (report["vision_layers"], report["language_layers"]) == ([0, 1], [0, 1, 2])
+            assert 0 <= report["difference"] < 1e-4 * report["largest"]
+
     def test_progress_covers_it(self, jobs: Jobs, model: InputArtifact) -> None:
         ctx = jobs.context({"operation": "hf_to_mm", "parallel": PARALLEL, "verify": True}, source=model)
         conversion.run(ctx, ctx.spec)  # type: ignore[arg-type]

@@ -14,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from core.conversion.convert import Quiet, hf_to_mm, mm_to_hf
+from core.conversion.convert import hf_to_mm, mm_to_hf
+from core.conversion.output import Options
+from core.conversion.writing import Quiet
 from core.data import loader
 from core.data.dataset import Row, TokenisedDataset, TokenWriter
 from core.data.media import ImageProcessing
@@ -370,9 +372,8 @@ class Warnings(Quiet):
 def exported(bench: Bench, target: Path, split: dict[str, Any]) -> set[str]:
     """Export what was trained, which warns of replicas that have drifted apart; return the names of the weights."""
     checkpoint, layout, watch = bench.outputs()["checkpoint"], ParallelSpec.model_validate(split), Warnings()
-    mm_to_hf(
-        inspect_mm_folder(checkpoint, layout), bench.config, layout, target, hf_files=checkpoint / "hf", watch=watch
-    )
+    source = inspect_mm_folder(checkpoint, layout)
+    mm_to_hf(source, bench.config, layout, target, Options(watch=watch), hf_files=checkpoint / "hf")
     assert watch.codes == []
     return set(inspect_hf_folder(target).tensors)
 
