@@ -22,7 +22,7 @@ class RankFailed(AssertionError):
     """A rank raised; the message holds each failing rank's traceback."""
 
 
-def run(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 60) -> list[Any]:
+def run(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 120) -> list[Any]:
     """Call `fn(rank, *args)` on `world` ranks with a process group; return each rank's result, in order of rank.
 
     `fn` must be importable (a module-level function). Raises RankFailed with the rank and its traceback.

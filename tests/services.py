@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -98,9 +99,13 @@ def _services_kept_from_starting(as_root: Sequence[str]) -> Iterator[None]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, below those that the kernel gives to outgoing connections: it is still free after a restart."""
+    for _ in range(1000):
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("1000 ports in a row are taken")
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str, every_s: float = 0.05) -> None:
@@ -168,12 +173,12 @@ class Postgres:
                 preexec_fn=_die_with_parent(signal.SIGINT),
                 **owner,
             )
-        wait_until(self._answers, timeout_s=30, what=f"PostgreSQL on port {self.port}")
+        wait_until(self._answers, timeout_s=120, what=f"PostgreSQL on port {self.port}")
 
     def stop(self) -> None:
         if self.process is not None:
             self.process.send_signal(signal.SIGINT)  # fast shutdown: cut the sessions
-            self.process.wait(timeout=30)
+            self.process.wait(timeout=120)
             self.process = None
 
     def create_database(self) -> str:
@@ -267,7 +272,7 @@ class RedisServer:
             stdout=subprocess.DEVNULL,
             preexec_fn=_die_with_parent(signal.SIGTERM),
         )
-        wait_until(self._answers, timeout_s=15, what=f"Redis on port {self.port}")
+        wait_until(self._answers, timeout_s=120, what=f"Redis on port {self.port}")
 
     def stop(self) -> None:
         if self.process is not None:
@@ -331,7 +336,7 @@ class Temper:
         """What the process has printed so far."""
         return _read(self.home / "serve.out")
 
-    def start(self, *, timeout_s: float = 60) -> None:
+    def start(self, *, timeout_s: float = 120) -> None:
         self.home.mkdir(parents=True, exist_ok=True)
         roots = [word for root in self.allow_roots for word in ("--allow-root", str(root))]
         arguments = ["serve", "--home", str(self.home), "--port", str(self.port), *roots]
@@ -350,7 +355,7 @@ class Temper:
         """KILL to everything at once, as when the machine loses its power; `start()` is the reboot."""
         assert self.process is not None
         kill_home(self.home)
-        self.process.wait(timeout=10)
+        self.process.wait(timeout=120)
         self.process = None
 
     def __enter__(self) -> "Temper":
@@ -388,13 +393,25 @@ class TemperCluster:
     def admin_key(self) -> str:
         return (self.home / "admin.key").read_text().strip()
 
-    def start(self, *node_names: str, timeout_s: float = 60) -> None:
-        """The API, then a worker for each name, then ready."""
+    def start(self, *node_names: str, timeout_s: float = 120) -> None:
+        """The API, then a worker for each name, until every one of them has registered and a job can run."""
         self.start_api()
         for name in node_names:
             self.start_worker(name)
         assert self.api is not None
         wait_until_ready(self.url, self.api, self.home / "api.out", timeout_s=timeout_s)
+        for name in node_names:
+            self.wait_for_node(name, timeout_s=timeout_s)
+
+    def wait_for_node(self, name: str, *, timeout_s: float = 120) -> None:
+        """Until the cluster counts the host of that name among those that take work."""
+        headers = {"Authorization": f"Bearer {self.admin_key}"}
+
+        def takes_work() -> bool:
+            nodes = httpx.get(f"{self.url}/v1/nodes", headers=headers, timeout=20).json()["data"]
+            return any(node["name"] == name and node["alive"] and node["healthy"] for node in nodes)
+
+        wait_until(takes_work, timeout_s=timeout_s, what=f"the registration of {name}")
 
     def start_api(self) -> None:
         self.home.mkdir(parents=True, exist_ok=True)
@@ -466,7 +483,7 @@ def wait_until_ready(
         if process.poll() is not None:
             raise RuntimeError(f"temper ended with {process.returncode} at its start:\n{_read(output)[-4000:]}")
         try:
-            return httpx.get(f"{url}{path}", timeout=5).status_code == httpx.codes.OK
+            return httpx.get(f"{url}{path}", timeout=20).status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
 
@@ -476,7 +493,7 @@ def wait_until_ready(
         raise TimeoutError(f"{error}; it printed:\n{_read(output)[-4000:]}") from None
 
 
-def stop_process(process: "subprocess.Popen[bytes] | None", *, grace_s: float = 10) -> None:
+def stop_process(process: "subprocess.Popen[bytes] | None", *, grace_s: float = 60) -> None:
     """TERM, a grace, then KILL to the process and everything below it. Nothing happens when it has ended."""
     if process is None:
         return
@@ -499,7 +516,7 @@ def kill_tree(pid: int) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(processes, timeout=10)
+    psutil.wait_procs(processes, timeout=60)
 
 
 def processes_of_home(home: Path) -> list[psutil.Process]:
@@ -525,7 +542,7 @@ def kill_home(home: Path) -> None:
         psutil.wait_procs(processes, timeout=5)
         return not processes
 
-    wait_until(nobody_left, timeout_s=30, what=f"the end of every process of {home}")
+    wait_until(nobody_left, timeout_s=120, what=f"the end of every process of {home}")
 
 
 def _read(path: Path) -> str:

@@ -41,19 +41,19 @@ def running(settings: Settings) -> Iterator[Live]:
     """Serve until the end of the block; the client carries the admin key."""
     app, port = create_app(settings), free_port()
     config = uvicorn.Config(
-        app, host="127.0.0.1", port=port, log_config=None, access_log=False, timeout_graceful_shutdown=2
+        app, host="127.0.0.1", port=port, log_config=None, access_log=False, timeout_graceful_shutdown=30
     )
     server = uvicorn.Server(config)
     app.state.stopping = lambda: server.should_exit
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        wait_until(lambda: server.started, timeout_s=20, what="the start of the API")
+        wait_until(lambda: server.started, timeout_s=120, what="the start of the API")
         key = (settings.home_dir / "admin.key").read_text().strip()
         with httpx.Client(
-            base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {key}"}, timeout=20
+            base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {key}"}, timeout=60
         ) as client:
             yield Live(port, key, app, server, client)
     finally:
         server.should_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=60)

@@ -30,7 +30,7 @@ def temper(
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TEMPER_")}
     return subprocess.run(
         [sys.executable, "-m", "api.cli", "--url", url, *arguments],
-        capture_output=True, text=True, check=False, timeout=60, cwd=REPOSITORY,
+        capture_output=True, text=True, check=False, timeout=120, cwd=REPOSITORY,
         env={**inherited, "TEMPER_HOME": str(home), "COLUMNS": "200", **environment},
     )  # fmt: skip
 
@@ -119,7 +119,7 @@ class TestOutput:
         server.answers["GET /v1/jobs/job_1/logs"] = log
         result = subprocess.run(
             [sys.executable, "-m", "api.cli", "--url", server.url, "logs", "job_1"],
-            capture_output=True, check=True, timeout=60, cwd=REPOSITORY,
+            capture_output=True, check=True, timeout=120, cwd=REPOSITORY,
         )  # fmt: skip
         assert result.stdout == b"\xff line\n"
 

@@ -110,7 +110,7 @@ def _fuzz(operation: APIOperation, server: Live, known: dict[str, str]) -> None:
         if next(turns) % 2:  # else nothing would ever be found
             case.path_parameters.update({name: known[name] for name in case.path_parameters if name in known})
         headers = {"Authorization": f"Bearer {server.key}"}
-        case.call_and_validate(headers=headers, checks=CHECKS, timeout=20)
+        case.call_and_validate(headers=headers, checks=CHECKS, timeout=60)
 
     check()
 

@@ -44,7 +44,7 @@ class TestServe:
             assert process.poll() is None, (home / "serve.out").read_text()
             return file.exists() and file.stat().st_size > 0
 
-        wait_until(there, timeout_s=60, what="server.json")
+        wait_until(there, timeout_s=120, what="server.json")
         told = json.loads(file.read_text())
         assert told["pid"] == process.pid
         return str(told["url"])
@@ -60,12 +60,12 @@ class TestServe:
             for module in ("api.serve", "worker"):
                 (old,) = children(process, module)
                 os.kill(old, signal.SIGKILL)
-                wait_until(partial(restarted, process, module, old), timeout_s=20, what=f"a new {module}")
-            wait_until(lambda: answers(f"{url}/readyz"), timeout_s=60, what="readiness after the restarts")
+                wait_until(partial(restarted, process, module, old), timeout_s=120, what=f"a new {module}")
+            wait_until(lambda: answers(f"{url}/readyz"), timeout_s=120, what="readiness after the restarts")
 
             family = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=120) == 0
             assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in family)
             assert "no job runs" in (home / "serve.out").read_text()
             assert not (home / "server.json").exists()
@@ -78,7 +78,7 @@ class TestServe:
         try:
             self.url(home, process)
             command = [sys.executable, "-m", "api.cli", "serve", "--home", str(home), "--port", "0"]
-            second = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=REPOSITORY, check=False)
+            second = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, check=False)
             assert second.returncode != 0
             assert "another" in second.stderr
         finally:
@@ -92,7 +92,7 @@ class TestServe:
             family = psutil.Process(process.pid).children()
             process.kill()
             process.wait()
-            psutil.wait_procs(family, timeout=20)
+            psutil.wait_procs(family, timeout=120)
             assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in family)
         finally:
             kill_home(home)
@@ -104,7 +104,7 @@ def restarted(process: "subprocess.Popen[bytes]", module: str, old: int) -> bool
 
 def answers(url: str) -> bool:
     try:
-        return httpx.get(url, timeout=5).status_code == httpx.codes.OK
+        return httpx.get(url, timeout=20).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
 
@@ -115,7 +115,7 @@ class TestExposure:
         environment = {**os.environ, "TEMPER_HOME": str(tmp_path)}
         run = subprocess.run(
             [sys.executable, "-m", "api.cli", command, "--host", "0.0.0.0", "--port", "0"],
-            capture_output=True, text=True, timeout=60, cwd=REPOSITORY, env=environment, check=False,
+            capture_output=True, text=True, timeout=120, cwd=REPOSITORY, env=environment, check=False,
         )  # fmt: skip
         assert run.returncode != 0
         assert "loopback" in run.stderr

@@ -141,7 +141,7 @@ class TestBrokenConnection:
                 offset = server.get(f"/v1/uploads/{upload}").json()["offset"]
                 return offset > 0
 
-            wait_until(counted, timeout_s=10, what="the count of the partial chunk")
+            wait_until(counted, timeout_s=60, what="the count of the partial chunk")
             assert 0 < offset <= 700_000
             headers = {"Upload-Offset": str(offset)}
             rest = server.http.patch(f"/v1/uploads/{upload}", content=content[offset:], headers=headers)
@@ -158,7 +158,7 @@ class TestBrokenConnection:
             def slowly() -> Iterator[bytes]:
                 yield b"1234"
                 first_block.set()
-                go_on.wait(10)
+                go_on.wait(60)
                 yield b"5678"
 
             answers: list[int] = []
@@ -172,9 +172,9 @@ class TestBrokenConnection:
 
             writer = threading.Thread(target=write)
             writer.start()
-            first_block.wait(10)
+            first_block.wait(60)
             path = settings.store_dir / "uploads" / upload
-            wait_until(path.exists, timeout_s=10, what="the first writer's file")
+            wait_until(path.exists, timeout_s=60, what="the first writer's file")
             second = server.http.patch(f"/v1/uploads/{upload}", content=b"abcdefgh", headers={"Upload-Offset": "0"})
             go_on.set()
             writer.join()

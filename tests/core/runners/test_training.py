@@ -142,7 +142,7 @@ class Bench:
         options = ["--standalone", "--local-addr=localhost", f"--nproc-per-node={world_size}"]
         command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "core.runners", str(attempt_dir)]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, check=False)
 
     def events(self, kind: str, *, job: str = "job_a", attempt: int = 1) -> list[dict[str, Any]]:
         lines = (self.store.attempt_dir(job, attempt) / "events.jsonl").read_text().splitlines()

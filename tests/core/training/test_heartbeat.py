@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import threading
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from core.errors import AppError
 from core.training.heartbeat import Beat, Heartbeat, culprit
+from tests.services import wait_until
 
 
 class TestCulprit:
@@ -32,16 +34,21 @@ class TestHeartbeat:
 
         with Heartbeat(tmp_path, 0, fail=fail, limit_s=0.2) as heartbeat:
             heartbeat.phase(7, "compute", [3, 4])
-            assert is_told.wait(10)
+            assert is_told.wait(60)
         assert told[0].code == "stalled"
         assert "rank 0 is furthest behind, in step 7, compute, rows 3, 4" in told[0].message
         assert "test_heartbeat.py" in capfd.readouterr().err
 
     def test_progress_is_no_stall(self, tmp_path: Path) -> None:
         told: list[AppError] = []
-        with Heartbeat(tmp_path, 0, fail=told.append, limit_s=1.0) as heartbeat:
+        file, now = tmp_path / "rank_0.json", 0.0
+
+        def is_watched(step: int) -> bool:
+            return file.is_file() and json.loads(file.read_bytes())["step"] == step
+
+        with Heartbeat(tmp_path, 0, fail=told.append, limit_s=0.1, clock=lambda: now) as heartbeat:
             for step in range(15):
                 heartbeat.phase(step, "compute")
-                time.sleep(0.1)
+                wait_until(partial(is_watched, step), timeout_s=60, what=f"a look at step {step}")
+                now += 0.09
         assert told == []
-        assert (tmp_path / "rank_0.json").is_file()
