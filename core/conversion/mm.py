@@ -133,6 +133,7 @@ class MMWeights:
             top, bottom = max(rows[0], block.source_row), min(rows[1], block.source_row + block.rows)
             left, right = max(columns[0], block.column), min(columns[1], block.column + block.columns)
             if top < bottom and left < right:
+                piece.tensor.record.check()
                 row, column = top + block.row - block.source_row, (left - block.column) * item
                 data = piece.tensor.matrix[row : row + bottom - top, column : column + (right - left) * item]
                 yield Part(name, top - rows[0], (left - columns[0]) * item, data)
@@ -155,6 +156,8 @@ class MMWeights:
             if number % 100 == 0:
                 self.release()
             if not same_bytes(_rows(first), _rows(second)):
+                for piece in (first, second):  # one that is damaged is no difference to warn of
+                    piece.tensor.record.check()
                 (tied if first.block.source in self._tied_to else others).append(second.where)
         self.release()
         return tied, others

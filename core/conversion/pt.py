@@ -16,15 +16,17 @@ import io
 import itertools
 import pickle
 import struct
+import threading
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from core.conversion.apply import ITEM_SIZE, Bytes
+from core.conversion.apply import ITEM_SIZE, RELEASE_BYTES, Bytes
 from core.conversion.files import HashingWriter, MappedFile, OutTensor
 from core.errors import CorruptCheckpoint
 from core.models.mapping import Shape
@@ -53,6 +55,32 @@ _ALIGNMENT = 64
 _LOCAL_HEADER = 30
 
 
+class Record:
+    """An entry of the zip. Its CRC-32 is compared when its bytes are wanted for the first time, all of them at once."""
+
+    def __init__(self, path: Path, info: zipfile.ZipInfo, data: Bytes, release: Callable[[], None]) -> None:
+        self.data = data
+        self._where, self._crc, self._release = f"{path}: {info.filename}", info.CRC, release
+        self._lock = threading.Lock()
+        self._checked = info.CRC == 0  # torch.save writes 0 after `torch.serialization.set_crc32_options(False)`
+
+    def check(self) -> None:
+        """Raise CorruptCheckpoint when a byte is not what was written."""
+        with self._lock:
+            if self._checked:
+                return
+            found = 0
+            for start in range(0, self.data.size, RELEASE_BYTES):
+                found = zlib.crc32(self.data[start : start + RELEASE_BYTES].data, found)
+                self._release()
+            if found != self._crc:
+                raise CorruptCheckpoint(
+                    f"{self._where} is damaged: its CRC-32 is {found:08x}, but {self._crc:08x} was written",
+                    hint="copy the file again from where it was made",
+                )
+            self._checked = True
+
+
 @dataclass(frozen=True)
 class PtTensor:
     """A tensor of a file: its values stay on disk until they are read."""
@@ -62,6 +90,8 @@ class PtTensor:
     shape: Shape
     data: Bytes
     """Flat bytes, memory-mapped."""
+    record: Record
+    """Where they lie."""
 
     @property
     def matrix(self) -> Bytes:
@@ -73,14 +103,21 @@ class PtFile:
     """An open file: `tree` has `PtTensor` for tensors. Raises CorruptCheckpoint naming the file."""
 
     def __init__(self, path: Path) -> None:
-        pickled, prefix, records = _read_directory(path)
+        entries = _read_directory(path)
         self._mapped = MappedFile(path)
-        storages = {
-            name.removeprefix(f"{prefix}data/"): _record(self._mapped.data, info, path)
-            for name, info in records.items()
-            if name.startswith(f"{prefix}data/")
+        records = {
+            name: Record(path, info, _stored(self._mapped.data, info, path), self._mapped.release)
+            for name, info in entries.items()
         }
-        self.tree = _unpickle(pickled, storages, path)
+        (pickle_name,) = (name for name in records if name.endswith("/data.pkl"))
+        prefix = pickle_name.removesuffix("data.pkl")
+        order = records.get(f"{prefix}byteorder")
+        if order is not None and order.data.tobytes() != b"little":
+            raise CorruptCheckpoint(f"{path} was written by a big-endian machine")
+        data = f"{prefix}data/"
+        storages = {name.removeprefix(data): record for name, record in records.items() if name.startswith(data)}
+        records[pickle_name].check()
+        self.tree = _unpickle(records[pickle_name].data.tobytes(), storages, path)
         self.release()  # of reading the headers
 
     def release(self) -> None:
@@ -97,25 +134,22 @@ def read_pt(path: Path) -> Any:
     return PtFile(path).tree
 
 
-def _read_directory(path: Path) -> tuple[bytes, str, dict[str, zipfile.ZipInfo]]:
-    """data.pkl, the archive's folder name with its slash, and all entries."""
+def _read_directory(path: Path) -> dict[str, zipfile.ZipInfo]:
+    """All entries by name."""
     try:
         with zipfile.ZipFile(path) as archive:
-            records = {info.filename: info for info in archive.infolist()}
-            pickles = [name for name in records if name.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise CorruptCheckpoint(f"{path} is a zip, but not one that torch.save wrote")
-            prefix = pickles[0].removesuffix("data.pkl")
-            if records[pickles[0]].file_size > _MAX_PICKLE_BYTES:
-                raise CorruptCheckpoint(f"{path}: data.pkl is larger than {_MAX_PICKLE_BYTES} bytes")
-            if f"{prefix}byteorder" in records and archive.read(f"{prefix}byteorder") != b"little":
-                raise CorruptCheckpoint(f"{path} was written by a big-endian machine")
-            return archive.read(pickles[0]), prefix, records
+            entries = {info.filename: info for info in archive.infolist()}
     except (zipfile.BadZipFile, EOFError) as error:
         raise CorruptCheckpoint(f"{path} is truncated or not a torch.save file: {error}") from error
+    pickles = [info for name, info in entries.items() if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CorruptCheckpoint(f"{path} is a zip, but not one that torch.save wrote")
+    if pickles[0].file_size > _MAX_PICKLE_BYTES:
+        raise CorruptCheckpoint(f"{path}: data.pkl is larger than {_MAX_PICKLE_BYTES} bytes")
+    return entries
 
 
-def _unpickle(pickled: bytes, storages: Mapping[str, Bytes], path: Path) -> Any:
+def _unpickle(pickled: bytes, storages: Mapping[str, Record], path: Path) -> Any:
     try:
         return _Unpickler(io.BytesIO(pickled), storages=storages, path=path).load()
     except CorruptCheckpoint:
@@ -124,7 +158,7 @@ def _unpickle(pickled: bytes, storages: Mapping[str, Bytes], path: Path) -> Any:
         raise CorruptCheckpoint(f"{path}: data.pkl is damaged: {type(error).__name__}: {error}") from error
 
 
-def _record(mapped: Bytes, info: zipfile.ZipInfo, path: Path) -> Bytes:
+def _stored(mapped: Bytes, info: zipfile.ZipInfo, path: Path) -> Bytes:
     """The bytes of a stored zip entry."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise CorruptCheckpoint(f"{path}: {info.filename} is compressed; torch.save stores")
@@ -161,7 +195,7 @@ class _Inert:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: io.BytesIO, *, storages: Mapping[str, Bytes], path: Path) -> None:
+    def __init__(self, stream: io.BytesIO, *, storages: Mapping[str, Record], path: Path) -> None:
         super().__init__(stream)
         self._storages, self._path = storages, path
 
@@ -175,8 +209,8 @@ class _Unpickler(pickle.Unpickler):
             )
         return known
 
-    def persistent_load(self, pid: Any) -> tuple[str, Bytes]:
-        """A storage: its type and bytes."""
+    def persistent_load(self, pid: Any) -> tuple[str, Record]:
+        """A storage: its type and where its bytes are."""
         match pid:
             case ("storage", str(dtype), str(key), _, _) if key in self._storages:
                 return dtype, self._storages[key]
@@ -204,9 +238,9 @@ def _known_global(module: str, name: str) -> Any:
 
 
 def _rebuild_tensor(
-    storage: tuple[str, Bytes], offset: int, shape: Shape, stride: Shape, _grad: object, _hooks: object, *_: object
+    storage: tuple[str, Record], offset: int, shape: Shape, stride: Shape, _grad: object, _hooks: object, *_: object
 ) -> PtTensor:
-    dtype, data = storage
+    dtype, record = storage
     item = _BYTES_PER_ITEM[dtype]
     wanted, span = 1, []
     for size in reversed(shape):
@@ -218,9 +252,11 @@ def _rebuild_tensor(
             f"a tensor of shape {list(shape)} has stride {list(stride)}; only contiguous ones are read"
         )
     count = wanted if shape else 1
-    if offset < 0 or (offset + count) * item > data.size:
-        raise CorruptCheckpoint(f"a tensor of shape {list(shape)} reaches beyond its storage of {data.size} bytes")
-    return PtTensor(dtype, tuple(shape), data[offset * item : (offset + count) * item])
+    if offset < 0 or (offset + count) * item > record.data.size:
+        raise CorruptCheckpoint(
+            f"a tensor of shape {list(shape)} reaches beyond its storage of {record.data.size} bytes"
+        )
+    return PtTensor(dtype, tuple(shape), record.data[offset * item : (offset + count) * item], record)
 
 
 def _rebuild_parameter(data: PtTensor, _grad: object, _hooks: object) -> PtTensor:

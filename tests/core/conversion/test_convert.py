@@ -512,6 +512,19 @@ class TestBrokenCheckpoints:
         with pytest.raises(CorruptCheckpoint, match="mp_rank_01_000"):
             export(mm_dir, source, TWO_BY_TWO, tmp_path / "back")
 
+    @pytest.mark.parametrize("name", ["layers.1.mlp.linear_fc1.weight", "layers.1.input_layernorm.weight"])
+    @pytest.mark.parametrize("rank", ["mp_rank_00_001", "mp_rank_01_001"])
+    def test_a_flipped_byte(self, source: HFFolder, mm_dir: Path, tmp_path: Path, name: str, rank: str) -> None:
+        file = mm_dir / "release" / rank / "model_optim_rng.pt"
+        data = bytearray(file.read_bytes())
+        values = load(file)["model"][f"text_decoder.decoder.{name}"].numpy().tobytes()
+        data[data.index(values) + 5] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(CorruptCheckpoint, match=rf"{rank}.*: archive/data/\d+ is damaged: its CRC-32 is"):
+            export(mm_dir, source, TWO_BY_TWO, tmp_path / "back")
+        with pytest.raises(CorruptCheckpoint, match=rf"{rank}.*: archive/data/\d+ is damaged: its CRC-32 is"):
+            reshard(inspect_mm_folder(mm_dir), source.config, TWO_BY_TWO, tmp_path / "other", ONE)
+
     def test_keys_of_another_model(self, source: HFFolder, mm_dir: Path, tmp_path: Path) -> None:
         other = tiny_model(tmp_path / "other", shape=TinyShape(vision_layers=3, text_layers=5))
         folder = inspect_mm_folder(mm_dir)

@@ -79,6 +79,18 @@ class TestReading:
             assert read.data.tobytes() == tensor.view(-1).view(torch.uint8).numpy().tobytes()
         assert isinstance(tree["p"], PtTensor)
 
+    def test_a_file_without_checksums(self, tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if not hasattr(torch.serialization, "set_crc32_options"):
+            pytest.skip("this torch always writes them")
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(tensors, tmp_path / "x.pt")
+        finally:
+            torch.serialization.set_crc32_options(True)
+        tree = read_pt(tmp_path / "x.pt")
+        tree["a"].record.check()
+        assert tree["a"].data.tobytes() == tensors["a"].numpy().tobytes()
+
     def test_views_of_one_storage(self, tmp_path: Path) -> None:
         base = torch.arange(10.0)
         torch.save({"first": base[:4], "last": base[4:]}, tmp_path / "x.pt")
