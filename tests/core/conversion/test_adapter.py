@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,8 +109,6 @@ class TestThereAndBack:
     def test_a_trained_checkpoint_without_a_config_gets_one(
         self, tmp_path: Path, config: Config, write_adapter: Write
     ) -> None:
-        import shutil
-
         path = write_adapter(vision=())
         adapter_to_mm(inspect_adapter_folder(path, config), tmp_path / "mm", TWO_BY_TWO)
         shutil.rmtree(tmp_path / "mm/hf")
@@ -172,3 +171,42 @@ class TestRefusals:
         (tmp_path / "mm/latest_checkpointed_iteration.txt").write_text("release")
         with pytest.raises(UnknownWeights, match="no LoRA matrix"):
             adapter_to_hf(inspect_mm_folder(tmp_path / "mm"), config, ONE, tmp_path / "back")
+
+
+class TestPeft:
+    """What PEFT saves comes back through any split and is loaded by PEFT, with and without its own config."""
+
+    @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # between PEFT and transformers
+    @pytest.mark.parametrize("carries_config", [True, False])
+    def test_logits_are_the_same(self, tmp_path: Path, source: HFFolder, carries_config: bool) -> None:
+        peft = pytest.importorskip("peft")
+        transformers = pytest.importorskip("transformers")
+        ids = torch.arange(5, 25)[None]
+
+        def base() -> torch.nn.Module:
+            return transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(source.path)  # type: ignore[no-any-return]
+
+        lora = peft.LoraConfig(r=RANK, lora_alpha=8, target_modules=["q_proj", "o_proj", "gate_proj", "down_proj"])
+        torch.manual_seed(0)
+        model = peft.get_peft_model(base(), lora).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".lora_B." in name:
+                    parameter.normal_(std=0.1)
+            wanted = model(input_ids=ids).logits
+            plain = base()(input_ids=ids).logits
+        assert (wanted - plain).abs().max() > 0.01
+        model.save_pretrained(tmp_path / "saved")
+
+        config = source.config
+        adapter_to_mm(inspect_adapter_folder(tmp_path / "saved", config), tmp_path / "a", TWO_BY_TWO)
+        if not carries_config:  # as MindSpeed-MM writes it
+            shutil.rmtree(tmp_path / "a/hf")
+        adapter_reshard(inspect_mm_folder(tmp_path / "a"), config, TWO_BY_TWO, tmp_path / "b", VIRTUAL)
+        adapter_to_hf(inspect_mm_folder(tmp_path / "b"), config, VIRTUAL, tmp_path / "back", lora_alpha=8)
+        loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "back").eval()
+        before, after = model.state_dict(), loaded.state_dict()
+        assert list(before) == list(after)
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+        with torch.no_grad():
+            assert torch.equal(loaded(input_ids=ids).logits, wanted)
