@@ -70,5 +70,5 @@ $(PY):
 $(READY): pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet $(TORCH)
-	$(PY) -m pip install --quiet -e '.[train,demo,dev]'
+	$(PY) -m pip install --quiet -e '.[train,video,demo,dev]'
 	@touch $@

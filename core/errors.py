@@ -8,7 +8,7 @@ AppError
 ├── InvalidModel           422  a model folder that is not what it says
 │   └── UnknownWeights     422  weights that no rule, or two rules, match; or that are missing
 ├── InvalidDataset         422
-│   └── UnreadableImage    422  core.data.media
+│   └── UnreadableMedia    422  core.data.media
 ├── CorruptCheckpoint      422
 ├── Unauthenticated        401
 ├── Forbidden              403

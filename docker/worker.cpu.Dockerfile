@@ -14,7 +14,7 @@ COPY core core
 COPY api api
 COPY worker worker
 COPY migrations migrations
-RUN pip install --constraint constraints.txt '.[train]'
+RUN pip install --constraint constraints.txt '.[train,video]'
 
 RUN useradd --uid 1000 --user-group --no-create-home temper && install -d -o temper -g temper /var/lib/temper
 USER temper

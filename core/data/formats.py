@@ -4,13 +4,17 @@ llava, sharegpt   {"image": "a.jpg" | ["a.jpg", …], "conversations": [{"from":
                   also "images" for "image", and "system" beside "conversations"
 messages          {"images": ["a.jpg"], "messages": [{"role": "user", "content": "<image>What?"}, …]}
                   or content as parts: [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What?"}]
-any of them       "split": "train" | "validation" decides where the row goes
+any of them       "video": "a.mp4", "videos": ["a.mp4", …] with <video> in the text, or a part {"type": "video", "video": "a.mp4"};
+                  a list of image files in the place of a path is one video, its frames
+                  "split": "train" | "validation" decides where the row goes
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +25,9 @@ from core.errors import InvalidDataset
 
 IMAGE = "<image>"
 """Stands for the next image of the row in a message's text."""
+VIDEO = "<video>"
+"""Likewise for the next video."""
+PLACEHOLDER = re.compile(f"({IMAGE}|{VIDEO})")
 
 MAX_RECORD_BYTES = 64 << 20
 
@@ -33,7 +40,7 @@ _ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+_OTHER_MEDIA = ("audio", "audios")
 _BLOCK = 1 << 20
 _AFTER_VALUE = tuple(",] \t\r\n")
 
@@ -48,7 +55,7 @@ class BadRow(Exception):
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; images stand in the content as IMAGE."""
+    """One turn; images stand in the content as IMAGE, videos as VIDEO."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -62,11 +69,19 @@ class Sample:
     """Paths as the user wrote them, in order of the placeholders."""
     messages: tuple[Message, ...]
     split: Literal["train", "validation"] | None = None
+    videos: tuple[tuple[str, ...], ...] = ()
+    """Likewise; each is one path, or those of its frames."""
+
+    def placeholders(self) -> list[str]:
+        """IMAGE or VIDEO for each image and video, in order of appearance."""
+        return [mark for message in self.messages for mark in PLACEHOLDER.findall(message.content)]
 
     def to_json(self) -> str:
         """The normalised record, one line of train.jsonl: the form that MindSpeed-MM and LLaMA-Factory read too."""
         messages = [{"role": message.role, "content": message.content} for message in self.messages]
-        return json.dumps({"images": list(self.images), "messages": messages}, ensure_ascii=False)
+        videos = [paths[0] if len(paths) == 1 else list(paths) for paths in self.videos]
+        media = {"images": list(self.images)} | ({"videos": videos} if videos else {})
+        return json.dumps({**media, "messages": messages}, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -120,7 +135,8 @@ def parse_record(value: Any, format: Format = "auto") -> Sample:
     for field in _OTHER_MEDIA:
         if value.get(field):
             raise BadRow(
-                "unsupported_media", f"field {field!r} has {_shown(value[field])}: this version trains on images only"
+                "unsupported_media",
+                f"field {field!r} has {_shown(value[field])}: this version trains on images and videos only",
             )
     field = (
         "messages" if format == "messages" or (format == "auto" and "conversations" not in value) else "conversations"
@@ -130,11 +146,21 @@ def parse_record(value: Any, format: Format = "auto") -> Sample:
         raise BadRow(
             "missing_field", f"field {wanted} is missing; the row has {', '.join(map(repr, value)) or 'no fields'}"
         )
-    images = _images(value)
-    turns, part_images = _turns(value, field)
-    if part_images and images:
-        raise BadRow("images_twice", "images are listed both in the row and inside the messages; use one of the two")
-    sample = Sample(images=tuple(part_images or images), messages=tuple(turns), split=_split(value))
+    images = [path for paths in _media(value, "image") for path in paths]
+    videos = _media(value, "video")
+    parts = _Parts()
+    turns = _turns(value, field, parts)
+    for kind, given, found in (("image", images, parts.images), ("video", videos, parts.videos)):
+        if given and found:
+            raise BadRow(
+                f"{kind}s_twice", f"{kind}s are listed both in the row and inside the messages; use one of the two"
+            )
+    sample = Sample(
+        images=tuple(parts.images or images),
+        videos=tuple(parts.videos or videos),
+        messages=tuple(_video_marks(turns, images, videos)),
+        split=_split(value),
+    )
     check_turns(sample.messages)
     _check_placeholders(sample)
     return sample
@@ -157,7 +183,7 @@ def check_turns(messages: tuple[Message, ...]) -> None:
 
 
 class MediaRoot:
-    """The folder that image paths start from, and the wall that none may climb."""
+    """The folder that paths of images and videos start from, and the wall that none may climb."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
@@ -165,21 +191,23 @@ class MediaRoot:
         self._resolved_folder = lru_cache(maxsize=4096)(os.path.realpath)
 
     def locate(self, given: str) -> str:
-        """Path of an image relative to the root, links resolved; raises BadRow when it leads outside.
+        """Path of an image or video relative to the root, links resolved; raises BadRow when it leads outside.
 
         Whether the file exists is not looked at.
         """
         if "://" in given or given.startswith("data:"):
-            raise BadRow("remote_image", f"image {_shown(given)} is not a path: images are read from media_root only")
+            raise BadRow(
+                "remote_image", f"{_shown(given)} is not a path: images and videos are read from media_root only"
+            )
         if "\0" in given:
-            raise BadRow("bad_path", f"image {_shown(given)} has a NUL character")
+            raise BadRow("bad_path", f"path {_shown(given)} has a NUL character")
         # Once per image, so by os.path: pathlib takes several times as long.
         folder, name = os.path.split(os.path.join(self._root, given))  # noqa: PTH118
         resolved = os.path.join(self._resolved_folder(folder), name)  # noqa: PTH118
         if name in ("", ".", "..") or os.path.islink(resolved):  # noqa: PTH114
             resolved = os.path.realpath(resolved)
         if not resolved.startswith(self._root.rstrip("/") + "/"):
-            raise BadRow("path_outside", f"image {_shown(given)} leads outside media_root")
+            raise BadRow("path_outside", f"path {_shown(given)} leads outside media_root")
         return os.path.relpath(resolved, self._root)
 
 
@@ -277,31 +305,52 @@ def _parse_line(line: bytes) -> Any:
         raise BadRow("not_json", f"the line is not JSON: {error}") from error
 
 
-def _images(value: Mapping[str, Any]) -> list[str]:
-    given = [(field, value[field]) for field in ("image", "images") if value.get(field)]
+def _media(value: Mapping[str, Any], kind: str) -> list[tuple[str, ...]]:
+    """The paths of each image or video that the row lists; several only for a video given as frames."""
+    given = [(name, value[name]) for name in (kind, f"{kind}s") if value.get(name)]
     if len(given) > 1:
-        raise BadRow("images_twice", "the row has both 'image' and 'images'; use one of the two")
+        raise BadRow(f"{kind}s_twice", f"the row has both '{kind}' and '{kind}s'; use one of the two")
     if not given:
         return []
-    field, images = given[0]
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list):
-        raise BadRow("bad_field", f"field {field!r} must be a path or a list of paths, got {_shown(images)}")
-    for number, image in enumerate(images):
-        if not isinstance(image, str) or not image:
-            raise BadRow("bad_field", f"field '{field}[{number}]' must be a path, got {_shown(image)}")
-        _check_text(image, f"{field}[{number}]")
-    return images
+    name, media = given[0]
+    media = [media] if isinstance(media, str) else media
+    if not isinstance(media, list):
+        raise BadRow("bad_field", f"field {name!r} must be a path or a list of paths, got {_shown(media)}")
+    return [_paths(medium, f"{name}[{number}]", kind) for number, medium in enumerate(media)]
 
 
-def _turns(value: Mapping[str, Any], field: str) -> tuple[list[Message], list[str]]:
-    """Messages, and the images that stood among their content parts."""
+def _paths(value: Any, where: str, kind: str) -> tuple[str, ...]:
+    """A path, or the frames of a video."""
+    paths = value if isinstance(value, list) and value and kind == "video" else [value]
+    for path in paths:
+        if not isinstance(path, str) or not path:
+            raise BadRow("bad_field", f"field '{where}' must be a path, got {_shown(path)}")
+        _check_text(path, where)
+    return tuple(paths)
+
+
+def _video_marks(turns: list[Message], images: list[str], videos: list[tuple[str, ...]]) -> list[Message]:
+    """LLaVA-Video's files write <image> for a video: read as <video> in a row that lists videos only and has none."""
+    if not videos or images or any(VIDEO in turn.content for turn in turns):
+        return turns
+    return [Message(turn.role, turn.content.replace(IMAGE, VIDEO)) for turn in turns]
+
+
+@dataclass
+class _Parts:
+    """Images and videos that stood among the content parts of messages."""
+
+    images: list[str] = dataclasses.field(default_factory=list)
+    videos: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
+
+
+def _turns(value: Mapping[str, Any], field: str, parts: _Parts) -> list[Message]:
+    """Messages; what stands among their content parts is added to `parts`."""
     raw = value[field]
     role_key, text_key = ("role", "content") if field == "messages" else ("from", "value")
     if not isinstance(raw, list):
         raise BadRow("bad_field", f"field {field!r} must be a list of turns, got {_shown(raw)}")
     turns: list[Message] = []
-    images: list[str] = []
     if value.get("system"):
         if not isinstance(value["system"], str):
             raise BadRow("bad_field", f"field 'system' must be a text, got {_shown(value['system'])}")
@@ -315,10 +364,9 @@ def _turns(value: Mapping[str, Any], field: str) -> tuple[list[Message], list[st
             raise BadRow(
                 "unknown_role", f"field '{where}.{role_key}' is {_shown(turn[role_key])}, known are {', '.join(_ROLES)}"
             )
-        text, found = _content(turn[text_key], f"{where}.{text_key}")
-        images += found
+        text = _content(turn[text_key], f"{where}.{text_key}", parts)
         turns.append(_message(role, text, f"{where}.{text_key}"))
-    return turns, images
+    return turns
 
 
 def _message(role: Any, text: str, where: str) -> Message:
@@ -326,13 +374,13 @@ def _message(role: Any, text: str, where: str) -> Message:
     return Message(role, text)
 
 
-def _content(content: Any, where: str) -> tuple[str, list[str]]:
-    """Text with placeholders, and the images of content parts."""
+def _content(content: Any, where: str, parts: _Parts) -> str:
+    """Text with placeholders; images and videos among content parts are added to `parts`."""
     if isinstance(content, str):
-        return content, []
+        return content
     if not isinstance(content, list):
         raise BadRow("bad_field", f"field '{where}' must be a text or a list of parts, got {_shown(content)}")
-    text, images = "", []
+    text = ""
     for number, part in enumerate(content):
         part_where = f"{where}[{number}]"
         kind = part.get("type") if isinstance(part, dict) else None
@@ -340,25 +388,32 @@ def _content(content: Any, where: str) -> tuple[str, list[str]]:
             piece = part.get("text", part.get("value"))
             if not isinstance(piece, str):
                 raise BadRow("bad_field", f"field '{part_where}.text' must be a text, got {_shown(piece)}")
-            if IMAGE in piece:
+            if mark := PLACEHOLDER.search(piece):
                 raise BadRow(
                     "placeholder_count",
-                    f"field '{part_where}.text' has {IMAGE}, but images are parts of their own here",
+                    f"field '{part_where}.text' has {mark[0]}, but images and videos are parts of their own here",
                 )
             text += piece
         elif kind in ("image", "image_url"):
-            image = part.get("image", part.get("image_url", part.get("path", part.get("value"))))
-            image = image.get("url") if isinstance(image, dict) else image
-            if not isinstance(image, str) or not image:
-                raise BadRow("bad_field", f"field '{part_where}' must name an image's path, got {_shown(part)}")
-            _check_text(image, part_where)
+            parts.images += _part_paths(part, "image", part_where)
             text += IMAGE
-            images.append(image)
+        elif kind in ("video", "video_url"):
+            parts.videos.append(_part_paths(part, "video", part_where))
+            text += VIDEO
         else:
             raise BadRow(
-                "unsupported_media", f"field '{part_where}.type' is {_shown(kind)}, known are 'text' and 'image'"
+                "unsupported_media",
+                f"field '{part_where}.type' is {_shown(kind)}, known are 'text', 'image' and 'video'",
             )
-    return text, images
+    return text
+
+
+def _part_paths(part: Mapping[str, Any], kind: str, where: str) -> tuple[str, ...]:
+    value = part.get(kind, part.get(f"{kind}_url", part.get("path", part.get("value"))))
+    value = value.get("url") if isinstance(value, dict) else value
+    if not value or not isinstance(value, (str, list)):
+        raise BadRow("bad_field", f"field '{where}' must name the path of its {kind}, got {_shown(part)}")
+    return _paths(value, where, kind)
 
 
 def _split(value: Mapping[str, Any]) -> Any:
@@ -370,11 +425,12 @@ def _split(value: Mapping[str, Any]) -> Any:
 
 def _check_placeholders(sample: Sample) -> None:
     for number, message in enumerate(sample.messages):
-        if message.role == "assistant" and IMAGE in message.content:
-            raise BadRow("placeholder_in_answer", f"turn {number}: {IMAGE} in the assistant's text, which is learnt")
-    count = sum(message.content.count(IMAGE) for message in sample.messages)
-    if count != len(sample.images):
-        raise BadRow("placeholder_count", f"{count} {IMAGE} placeholders for {len(sample.images)} images")
+        if message.role == "assistant" and (marks := PLACEHOLDER.findall(message.content)):
+            raise BadRow("placeholder_in_answer", f"turn {number}: {marks[0]} in the assistant's text, which is learnt")
+    marks = sample.placeholders()
+    for mark, media, name in ((IMAGE, sample.images, "images"), (VIDEO, sample.videos, "videos")):
+        if marks.count(mark) != len(media):
+            raise BadRow("placeholder_count", f"{marks.count(mark)} {mark} placeholders for {len(media)} {name}")
 
 
 def _check_text(text: str, where: str) -> None:

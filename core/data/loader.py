@@ -1,6 +1,6 @@
-"""Rows to batches: packing, image decoding ahead of use, and the order of the run.
+"""Rows to batches: packing, images and videos decoded ahead of use, and the order of the run.
 
-Decoding runs in threads: Pillow and numpy let go of the interpreter lock while they work on pixels, nothing has to be
+Decoding runs in threads: Pillow, PyAV and numpy let go of the interpreter lock while they work on pixels, nothing has to be
 copied between processes, and no process is forked after a device was initialised.
 """
 
@@ -20,8 +20,9 @@ import numpy.typing as npt
 import torch
 
 from core.data.dataset import NO_TARGET, Row, TokenisedDataset
-from core.data.media import ImageError, ImageProcessing, UnreadableImage
+from core.data.media import ImageProcessing, MediaError, UnreadableMedia
 from core.data.plan import StepPlan
+from core.data.video import VideoProcessing, load_medium
 from core.errors import InvalidDataset
 from core.models.batch import PackedBatch
 from core.models.positions import mrope_positions
@@ -86,6 +87,7 @@ class StepLoader:
         self._plan = plan
         self._consumed_samples = consumed_samples
         self._dp_rank = dp_rank
+        self._processing = dataset.meta.image_processing, dataset.meta.video_processing
         self._with_pixels = with_pixels
         self._pad_to_tokens = pad_to_tokens
         self._pad_to_patches = pad_to_patches
@@ -157,8 +159,7 @@ class StepLoader:
         with self._row_locks[row % len(self._row_locks)]:  # a second thread that wants the row waits, and finds it
             part = self._cache.get(row)
             if part is None:
-                processing = self._dataset.meta.image_processing
-                part = _part(self._dataset.row(row), self._config, processing, self._with_pixels)
+                part = _part(self._dataset.row(row), self._config, *self._processing, self._with_pixels)
                 with self._cache_lock:
                     if part.num_bytes <= self._cache_bytes_left:
                         self._cache_bytes_left -= part.num_bytes
@@ -176,19 +177,20 @@ def build_batch(
     config: Config,
     *,
     processing: ImageProcessing,
+    videos: VideoProcessing | None = None,
     with_pixels: bool = True,
     pad_to_tokens: int | None = None,
     pad_to_patches: int | None = None,
     pad_token_id: int = 0,
 ) -> PackedBatch:
-    """Pack samples end to end, decoding their images.
+    """Pack samples end to end, decoding their images and videos; `videos` may be left out where there are none.
 
     Padding is one more sample of pad tokens without targets, and one more image of zeros whose features no token takes.
-    No rows and no padding give an empty batch (T = 0). Raises UnreadableImage naming row and file, InvalidDataset when
+    No rows and no padding give an empty batch (T = 0). Raises UnreadableMedia naming row and file, InvalidDataset when
     tokens and images of a row disagree or the batch is larger than what it shall be filled up to.
     """
     return _pack(
-        [_part(row, config, processing, with_pixels) for row in rows],
+        [_part(row, config, processing, videos or VideoProcessing.like(processing), with_pixels) for row in rows],
         config,
         processing=processing,
         with_pixels=with_pixels,
@@ -215,7 +217,7 @@ def _pack(
     pixels = [values for part in parts for values in part.pixels]
     if missing := _missing(sum(len(part.input_ids) for part in parts), pad_to_tokens, "tokens"):
         parts.append(_padding(missing, pad_token_id, config))
-    if missing := _missing(sum(t * h * w for t, h, w in grids), pad_to_patches, "image patches"):
+    if missing := _missing(sum(t * h * w for t, h, w in grids), pad_to_patches, "patches"):
         grids.append(padding_grid(missing, processing.merge_size))
         pixels += [np.zeros((missing, processing.patch_dim), np.float32)] if with_pixels else []
     return PackedBatch(
@@ -258,7 +260,7 @@ class _Part:
     positions: torch.Tensor
     """M-RoPE, [3, L]"""
     pixels: list[np.ndarray]
-    """Of each image, [P, D]; none where pixels are left out."""
+    """Of each image and video, [P, D]; none where pixels are left out."""
     grids: tuple[tuple[int, int, int], ...] = ()
 
     @property
@@ -268,14 +270,14 @@ class _Part:
         return tokens + sum(values.nbytes for values in self.pixels)
 
 
-def _part(row: Row, config: Config, processing: ImageProcessing, with_pixels: bool) -> _Part:
-    _check_image_tokens(row, config, processing)
+def _part(row: Row, config: Config, images: ImageProcessing, videos: VideoProcessing, with_pixels: bool) -> _Part:
+    _check_media_tokens(row, config, images)
     return _Part(
         row=row.index,
         input_ids=row.input_ids.astype(np.int64),
         targets=row.targets,
-        positions=mrope_positions(row.input_ids.tolist(), row.grid_thw, config),
-        pixels=_pixels(row, processing) if with_pixels else [],
+        positions=mrope_positions(row.input_ids.tolist(), row.grid_thw, config, row.seconds_per_grid),
+        pixels=_pixels(row, images, videos) if with_pixels else [],
         grids=row.grid_thw,
     )
 
@@ -297,30 +299,26 @@ def _padding(length: int, pad_token_id: int, config: Config) -> _Part:
     )
 
 
-def _check_image_tokens(row: Row, config: Config, processing: ImageProcessing) -> None:
-    in_text = int((row.input_ids == config.image_token_id).sum())
-    from_images = sum(processing.num_tokens(grid) for grid in row.grid_thw)
-    if in_text != from_images:
-        raise InvalidDataset(
-            f"row {row.source_row}: {in_text} image tokens in the text, {from_images} by its images' sizes",
-            hint="make the data set again with this model's folder as tokenizer",
-        )
+def _check_media_tokens(row: Row, config: Config, processing: ImageProcessing) -> None:
+    for kind, token_id in (("image", config.image_token_id), ("video", config.video_token_id)):
+        in_text = int((row.input_ids == token_id).sum())
+        grids = [medium.grid for medium in row.media if medium.is_video == (kind == "video")]
+        from_media = sum(map(processing.num_tokens, grids))
+        if in_text != from_media:
+            raise InvalidDataset(
+                f"row {row.source_row}: {in_text} {kind} tokens in the text, {from_media} by its {kind}s' sizes",
+                hint="make the data set again with this model's folder as tokenizer",
+            )
 
 
-def _pixels(row: Row, processing: ImageProcessing) -> list[np.ndarray]:
+def _pixels(row: Row, images: ImageProcessing, videos: VideoProcessing) -> list[np.ndarray]:
     pixels = []
-    for path, expected in zip(row.images, row.grid_thw, strict=True):
+    for medium in row.media:
         try:
-            values, grid = processing.load(path)
-        except ImageError as error:
-            raise UnreadableImage(
-                f"row {row.source_row}: image {path}: {error}",
+            pixels.append(load_medium(medium, images, videos))
+        except MediaError as error:
+            raise UnreadableMedia(
+                f"row {row.source_row}: {medium}: {error}",
                 hint="restore the file, or make the data set again: its check refuses such rows",
             ) from error
-        if grid != expected:
-            raise UnreadableImage(
-                f"row {row.source_row}: image {path} now gives the grid {grid}, the data set was made with {expected}",
-                hint="the file has changed since; make the data set again",
-            )
-        pixels.append(values)
     return pixels

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,18 +42,55 @@ _TRANSPOSE = {
 """EXIF orientation → what turns the stored image upright."""
 
 
-class ImageError(Exception):
-    """An image that cannot be used; `code` is stable, the message does not repeat the file's name."""
+Grid = tuple[int, int, int]
+
+
+class MediaError(Exception):
+    """An image or video that cannot be used; `code` is stable, the message does not repeat the file's name."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
 
 
-class UnreadableImage(AppError):
-    """An image that passed the data set job cannot be read in training any more."""
+class UnreadableMedia(AppError):
+    """An image or video that passed the data set job cannot be read in training any more."""
 
-    code, status = "unreadable_image", 422
+    code, status = "unreadable_media", 422
+
+
+@dataclass(frozen=True)
+class Medium:
+    """An image or a video of a row, and what it takes of the model's input."""
+
+    paths: tuple[Path, ...]
+    """Several only for a video given as frames. Relative to the media root in a data set, absolute where it is read."""
+    grid: Grid
+    """(t, h, w) in patches"""
+    num_frames: int = 0
+    """Frames that a video has; 0 for an image."""
+    num_taken: int = 0
+    """Frames that are taken of a video, spread evenly; 0 for an image."""
+    seconds_per_grid: float = 0.0
+    """Time from one step of t to the next; 0 for an image."""
+
+    @property
+    def is_video(self) -> bool:
+        return self.num_frames > 0
+
+    @property
+    def num_patches(self) -> int:
+        t, h, w = self.grid
+        return t * h * w
+
+    @property
+    def seconds(self) -> float:
+        """Duration of a video."""
+        return self.seconds_per_grid * self.grid[0]
+
+    def __str__(self) -> str:
+        more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
+        return f"{'video' if self.is_video else 'image'} {self.paths[0]}{more}"
 
 
 @dataclass(frozen=True)
@@ -137,40 +174,52 @@ class ImageProcessing:
         """D: numbers per patch."""
         return 3 * self.temporal_patch_size * self.patch_size**2
 
-    def grid(self, height: int, width: int) -> tuple[int, int, int]:
-        """(t, h, w) in patches of an image of that size in pixels; raises ImageError."""
+    def grid(self, height: int, width: int) -> Grid:
+        """(t, h, w) in patches of an image of that size in pixels; raises MediaError."""
         height, width = smart_resize(
             height, width, self.patch_size * self.merge_size, min_pixels=self.min_pixels, max_pixels=self.max_pixels
         )
         return 1, height // self.patch_size, width // self.patch_size
 
-    def num_tokens(self, grid: tuple[int, int, int]) -> int:
-        """Tokens that an image of that grid takes in the text."""
+    def num_tokens(self, grid: Grid) -> int:
+        """Tokens that an image or video of that grid takes in the text."""
         t, h, w = grid
         return t * h * w // self.merge_size**2
 
-    def patches(self, image: Image.Image) -> tuple[npt.NDArray[np.float32], tuple[int, int, int]]:
-        """Patches [P, D] and (t, h, w) of an upright RGB image; raises ImageError."""
+    def patches(self, image: Image.Image) -> tuple[npt.NDArray[np.float32], Grid]:
+        """Patches [P, D] and (t, h, w) of an upright RGB image; raises MediaError."""
         grid = self.grid(image.height, image.width)
-        size = (grid[2] * self.patch_size, grid[1] * self.patch_size)
-        pixels_HWC = np.asarray(image.resize(size, resample=Image.Resampling(self.resample)))
-        return self._patchify(pixels_HWC, grid), grid
+        return self.patchify([self.resized(image, grid)] * self.temporal_patch_size, grid), grid
 
-    def load(self, path: Path) -> tuple[npt.NDArray[np.float32], tuple[int, int, int]]:
-        """Decode a file to patches [P, D] and (t, h, w); raises ImageError."""
+    def load(self, path: Path) -> tuple[npt.NDArray[np.float32], Grid]:
+        """Decode a file to patches [P, D] and (t, h, w); raises MediaError."""
         return self.patches(load_rgb(path))
 
-    def _patchify(self, pixels_HWC: np.ndarray, grid: tuple[int, int, int]) -> npt.NDArray[np.float32]:
-        """Reorder while the pixels are still bytes, then look up their normalised values: exact and quick."""
-        _, h, w = grid
-        p, m, t = self.patch_size, self.merge_size, self.temporal_patch_size
-        blocks = pixels_HWC.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-        normalised = np.empty((h * w, 3, t, p * p), np.float32)
-        for channel, table in enumerate(self._tables()):
-            values = table.take(np.ascontiguousarray(blocks[:, :, :, :, channel]).reshape(h * w, p * p))
-            for frame in range(t):  # a still image is repeated for every frame of a patch
-                normalised[:, channel, frame] = values
-        return normalised.reshape(h * w, self.patch_dim)
+    def resized(self, image: Image.Image, grid: Grid) -> npt.NDArray[np.uint8]:
+        """Pixels [H, W, 3] of an RGB image in the size of a grid."""
+        size = (grid[2] * self.patch_size, grid[1] * self.patch_size)
+        return np.asarray(image.resize(size, resample=Image.Resampling(self.resample)))
+
+    def patchify(self, frames: Sequence[npt.NDArray[np.uint8]], grid: Grid) -> npt.NDArray[np.float32]:
+        """Patches [P, D] of t · temporal_patch_size frames [H, W, 3]; a still image is its own next frame.
+
+        Reorders while the pixels are still bytes, then looks up their normalised values: exact and quick.
+        """
+        t, h, w = grid
+        p, m, depth = self.patch_size, self.merge_size, self.temporal_patch_size
+        assert len(frames) == t * depth
+        normalised = np.empty((t, h * w, 3, depth, p * p), np.float32)
+        tables = self._tables()
+        for place, pixels_HWC in enumerate(frames):
+            step, layer = divmod(place, depth)
+            if layer and pixels_HWC is frames[place - 1]:
+                normalised[step, :, :, layer] = normalised[step, :, :, layer - 1]
+                continue
+            blocks = pixels_HWC.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+            for channel, table in enumerate(tables):
+                values = np.ascontiguousarray(blocks[:, :, :, :, channel]).reshape(h * w, p * p)
+                normalised[step, :, channel, layer] = table.take(values)
+        return normalised.reshape(t * h * w, self.patch_dim)
 
     def _tables(self) -> npt.NDArray[np.float32]:
         """Normalised value of each byte per channel, [3, 256]; operations and precision are those of transformers."""
@@ -183,12 +232,12 @@ def smart_resize(height: int, width: int, factor: int, *, min_pixels: int, max_p
     """Size near (height, width) in aspect, with sides that are multiples of `factor` and an area within the limits.
 
     As in transformers (models/qwen2_vl/image_processing_qwen2_vl.py), except that a side never becomes 0, which there
-    happens when min_pixels is below factor². Raises ImageError past an aspect ratio of 200.
+    happens when min_pixels is below factor². Raises MediaError past an aspect ratio of 200.
     """
     if min(height, width) < 1:
-        raise ImageError("empty_image", f"the image has no pixels ({width}×{height})")
+        raise MediaError("empty_image", f"the image has no pixels ({width}×{height})")
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise ImageError("aspect_ratio", f"{width}×{height} has an aspect ratio above {MAX_ASPECT_RATIO}")
+        raise MediaError("aspect_ratio", f"{width}×{height} has an aspect ratio above {MAX_ASPECT_RATIO}")
     least = factor if min_pixels < factor**2 else 0
     new_height = max(least, round(height / factor) * factor)
     new_width = max(least, round(width / factor) * factor)
@@ -204,22 +253,22 @@ def smart_resize(height: int, width: int, factor: int, *, min_pixels: int, max_p
 
 
 def probe_size(path: Path) -> tuple[int, int]:
-    """(height, width) of the upright image from its header alone; raises ImageError."""
-    with _opened(path) as image:
+    """(height, width) of the upright image from its header alone; raises MediaError."""
+    with opened(path) as image:
         turned = _orientation(image) >= 5
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def check_decodes(path: Path) -> None:
-    """Decode the whole file, at an eighth of its size where the format can; raises ImageError for a damaged one."""
-    with _opened(path) as image:
+    """Decode the whole file, at an eighth of its size where the format can; raises MediaError for a damaged one."""
+    with opened(path) as image:
         image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
         _decode(image)
 
 
 def load_rgb(path: Path) -> Image.Image:
-    """Decode to an upright RGB image, transparency on white as in transformers' convert_to_rgb; raises ImageError."""
-    with _opened(path) as image:
+    """Decode to an upright RGB image, transparency on white as in transformers' convert_to_rgb; raises MediaError."""
+    with opened(path) as image:
         orientation = _orientation(image)
         _decode(image)
         return to_rgb(image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image)
@@ -233,26 +282,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _opened(path: Path) -> Image.Image:
-    """Read the header; raises ImageError when the file is missing, no known image, or too large to decode."""
+def opened(path: Path) -> Image.Image:
+    """Read the header; raises MediaError when the file is missing, no known image, or too large to decode."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, for ever
-            raise ImageError("unreadable_image", "not a regular file")
+            raise MediaError("unreadable_image", "not a regular file")
         image = Image.open(path, formats=FORMATS)
-    except ImageError:
+    except MediaError:
         raise
     except (FileNotFoundError, NotADirectoryError):
-        raise ImageError("missing_image", "the file does not exist") from None
+        raise MediaError("missing_image", "the file does not exist") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError("image_too_large", str(error)) from error
+        raise MediaError("image_too_large", str(error)) from error
     except UnidentifiedImageError as error:
-        raise ImageError("unreadable_image", f"the file is none of {', '.join(FORMATS)}") from error
+        raise MediaError("unreadable_image", f"the file is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # foreign bytes: a decoder may raise anything
-        raise ImageError("unreadable_image", f"the header cannot be read: {error}") from error
+        raise MediaError("unreadable_image", f"the header cannot be read: {error}") from error
     if image.width * image.height > MAX_DECODE_PIXELS:
         image.close()
         pixels = f"{image.width}×{image.height} pixels"
-        raise ImageError("image_too_large", f"{pixels}, at most {MAX_DECODE_PIXELS} are decoded")
+        raise MediaError("image_too_large", f"{pixels}, at most {MAX_DECODE_PIXELS} are decoded")
     return image
 
 
@@ -260,7 +309,7 @@ def _decode(image: Image.Image) -> None:
     try:
         image.load()
     except Exception as error:  # foreign bytes: a decoder may raise anything
-        raise ImageError("unreadable_image", f"the file is damaged: {error}") from error
+        raise MediaError("unreadable_image", f"the file is damaged: {error}") from error
 
 
 def _orientation(image: Image.Image) -> int:

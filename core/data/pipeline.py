@@ -1,6 +1,6 @@
-"""Annotations + images → a tokenised data set with a report: every row is used or refused with a reason.
+"""Annotations + images and videos → a tokenised data set with a report: every row is used or refused with a reason.
 
-    read_records ─ chunks of rows ─► worker processes: parse, locate and probe images, encode, check, decode images
+    read_records ─ chunks of rows ─► worker processes: parse, locate and probe images and videos, encode, check, decode
                                        │ Prepared | Refused, in order
                                        ▼
                  this process: TokenWriter, records.jsonl, refused.jsonl, counts; then the split ─► train/validation.jsonl
@@ -93,8 +93,7 @@ def build(
                 writer.add(
                     outcome.encoded.input_ids,
                     outcome.encoded.trained,
-                    images=outcome.sample.images,
-                    grids=outcome.grids,
+                    media=outcome.media,
                     source_row=outcome.row,
                 )
             if tally.rows % CHUNK_ROWS == 0 or tally.rows == total:
@@ -114,8 +113,10 @@ def build(
             vocab_size=template.vocab_size,
             tokenizer_digest=template.digest,
             image_token_id=template.image_token_id,
+            video_token_id=template.video_token_id,
             pad_token_id=template.pad_token_id,
             image_processing=options.processing,
+            video_processing=options.video_processing,
         )
     _split_records(output, validation)
     repeated = duplicates(digests, rows)
@@ -149,6 +150,7 @@ def check_model_folder(path: Path, template: ChatTemplate, processing: ImageProc
     check_fits(
         detect(config_json).parse_config(config_json),
         image_token_id=template.image_token_id,
+        video_token_id=template.video_token_id,
         vocab_size=template.vocab_size,
         image_processing=processing,
     )

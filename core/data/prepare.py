@@ -1,4 +1,4 @@
-"""One row at a time: parse, locate and probe its images, encode, check; here, or in worker processes that may die of it."""
+"""One row at a time: parse, locate and probe its images and videos, encode, check; here, or in worker processes that may die of it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from core.data.dataset import Grid
-from core.data.formats import BadRow, Format, MediaRoot, Record, Sample, parse_record
-from core.data.media import ImageError, ImageProcessing, check_decodes, probe_size
+from core.data.formats import IMAGE, BadRow, Format, MediaRoot, Record, Sample, parse_record
+from core.data.media import ImageProcessing, MediaError, Medium, check_decodes, probe_size
 from core.data.template import ChatTemplate, Encoded
+from core.data.video import VideoProcessing
 from core.errors import InvalidDataset
 
 CHUNK_ROWS = 64
@@ -44,7 +44,13 @@ class Options:
     validation_fraction: float = 0.0
     seed: int = 42
     check_images: bool = True
-    """Decode every image once, so that damage is found now and not in training."""
+    """Decode every image and video once, so that damage is found now and not in training, and the frames are counted."""
+    videos: VideoProcessing | None = None
+    """None: like images, with Qwen's own limits."""
+
+    @property
+    def video_processing(self) -> VideoProcessing:
+        return self.videos or VideoProcessing.like(self.processing)
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class Prepared:
     row: int
     sample: Sample
     encoded: Encoded
-    grids: tuple[Grid, ...]
+    media: tuple[Medium, ...]
+    """In order of appearance, relative to the media root."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class Preparer:
         self._media = open_media_root(options)
         self._size = lru_cache(maxsize=1 << 14)(lambda path: probe_size(self._media.path / path))
         self._damage = lru_cache(maxsize=1 << 14)(self._find_damage)
+        self._plan = lru_cache(maxsize=1 << 14)(self._plan_video)
 
     def prepare(self, record: Record) -> Prepared | Refused:
         """Parse, check and encode one row; never raises for what the row contains."""
@@ -85,39 +93,69 @@ class Preparer:
 
     def _prepare(self, record: Record) -> Prepared:
         sample = parse_record(record.value, self._options.format)
-        images = tuple(self._media.locate(image) for image in sample.images)
-        processing = self._options.processing
-        grids = tuple(self._grid(given, path) for given, path in zip(sample.images, images, strict=True))
-        encoded = self._template.encode(sample.messages, [processing.num_tokens(grid) for grid in grids])
+        located = Sample(
+            images=tuple(map(self._media.locate, sample.images)),
+            videos=tuple(tuple(map(self._media.locate, paths)) for paths in sample.videos),
+            messages=sample.messages,
+            split=sample.split,
+        )
+        images = zip(sample.images, located.images, strict=True)
+        videos = zip(sample.videos, located.videos, strict=True)
+        media = tuple(
+            self._image(*next(images)) if mark == IMAGE else self._video(*next(videos))
+            for mark in sample.placeholders()
+        )
+        num_tokens = [self._options.processing.num_tokens(medium.grid) for medium in media]
+        encoded = self._template.encode(sample.messages, num_tokens)
         length = len(encoded.input_ids)
         if length > self._options.cutoff_len:
-            in_images = sum(processing.num_tokens(grid) for grid in grids)
-            raise BadRow(
-                "too_long", f"{length} tokens ({in_images} of images), cutoff_len is {self._options.cutoff_len}"
-            )
+            in_media = f"{sum(num_tokens)} of images{' and videos' if sample.videos else ''}"
+            raise BadRow("too_long", f"{length} tokens ({in_media}), cutoff_len is {self._options.cutoff_len}")
         if self._options.check_images:
-            for given, path in zip(sample.images, images, strict=True):
+            for given, path in zip(sample.images, located.images, strict=True):
                 if damage := self._damage(path):
                     raise BadRow(damage[0], f"image {given!r}: {damage[1]}")
-        return Prepared(record.row, Sample(images, sample.messages, sample.split), encoded, grids)
+        return Prepared(record.row, located, encoded, media)
 
-    def _grid(self, given: str, path: str) -> Grid:
+    def _image(self, given: str, path: str) -> Medium:
         try:
-            return self._options.processing.grid(*self._size(path))
-        except ImageError as error:
+            return Medium((Path(path),), self._options.processing.grid(*self._size(path)))
+        except MediaError as error:
             raise BadRow(error.code, f"image {given!r}: {error}{self._elsewhere(given, error.code)}") from error
+
+    def _video(self, given: tuple[str, ...], paths: tuple[str, ...]) -> Medium:
+        planned = self._plan(paths)
+        if isinstance(planned, MediaError):
+            name = repr(given[0]) + (f" and {len(given) - 1} more frames" if len(given) > 1 else "")
+            raise BadRow(planned.code, f"video {name}: {planned}{self._elsewhere(given[0], planned.code)}")
+        return planned
+
+    def _plan_video(self, paths: tuple[str, ...]) -> Medium | MediaError:
+        """The video with its frames counted, for counts in headers may be wrong; or why it cannot be used."""
+        videos, files = self._options.video_processing, [self._media.path / path for path in paths]
+        try:
+            clip = videos.probe(files)
+            if self._options.check_images or not clip.num_frames:
+                clip = videos.check(files, clip)
+            return videos.plan([Path(path) for path in paths], clip)
+        except MediaError as error:
+            return error
 
     def _elsewhere(self, given: str, code: str) -> str:
         """A hint for the usual mistake: paths that already contain the media root."""
         inside = self._options.source / given
-        if code == "missing_image" and self._options.media_root not in ("", ".") and inside.is_file():
+        if (
+            code in ("missing_image", "missing_video")
+            and self._options.media_root not in ("", ".")
+            and inside.is_file()
+        ):
             return f" under media_root {self._options.media_root!r}, but it does under the source itself: use media_root '.'"
         return ""
 
     def _find_damage(self, path: str) -> tuple[str, str] | None:
         try:
             check_decodes(self._media.path / path)
-        except ImageError as error:
+        except MediaError as error:
             return error.code, str(error)
         return None
 

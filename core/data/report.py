@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from core.data.dataset import Meta
+from core.data.media import Medium
 from core.data.prepare import Options, Prepared, Refused
 from core.data.template import ChatTemplate
 
@@ -36,7 +37,8 @@ class Tally:
         self._lengths: Counter[int] = Counter()
         self._patches: Counter[int] = Counter()
         self._images: Counter[int] = Counter()
-        self._trained = self._tokens = self._image_tokens = 0
+        self._videos: Counter[int] = Counter()
+        self._trained = self._tokens = self._image_tokens = self._video_tokens = 0
 
     def add(self, outcome: Prepared | Refused) -> None:
         self.rows += 1
@@ -49,11 +51,13 @@ class Tally:
             return
         encoded = outcome.encoded
         self._lengths[_bucket(len(encoded.input_ids))] += 1
-        self._patches[_bucket(sum(t * h * w for t, h, w in outcome.grids))] += 1
-        self._images[len(outcome.grids)] += 1
+        self._patches[_bucket(sum(medium.num_patches for medium in outcome.media))] += 1
+        self._images[len(outcome.sample.images)] += 1
+        self._videos[len(outcome.sample.videos)] += 1
         self._tokens += len(encoded.input_ids)
         self._trained += int(encoded.trained.sum())
         self._image_tokens += int((encoded.input_ids == self._template.image_token_id).sum())
+        self._video_tokens += int((encoded.input_ids == self._template.video_token_id).sum())
         if len(self.preview) < PREVIEW_ROWS:
             self.preview.append(self._previewed(outcome))
 
@@ -70,14 +74,17 @@ class Tally:
                 "total": self._tokens,
                 "trained": self._trained,
                 "image": self._image_tokens,
+                "video": self._video_tokens,
                 "longest_row": meta.max_length,
                 "cutoff_len": options.cutoff_len,
             },
             "images": {"total": meta.num_images, "most_patches_in_a_row": meta.max_patches},
+            "videos": {"total": meta.num_videos, "frames_taken": meta.num_frames},
             "histograms": {
                 "tokens_per_row": _histogram(self._lengths),
                 "patches_per_row": _histogram(self._patches),
                 "images_per_row": [{"images": n, "rows": self._images[n]} for n in sorted(self._images)],
+                "videos_per_row": [{"videos": n, "rows": self._videos[n]} for n in sorted(self._videos)],
             },
             "refused": {
                 "by_code": dict(self.codes.most_common()),
@@ -91,10 +98,21 @@ class Tally:
         return {
             "row": outcome.row,
             "images": list(outcome.sample.images),
+            "videos": [shown_video(medium) for medium in outcome.media if medium.is_video],
             "num_tokens": len(outcome.encoded.input_ids),
             "num_trained": int(outcome.encoded.trained.sum()),
             "segments": [asdict(segment) for segment in self._template.preview(outcome.encoded)],
         }
+
+
+def shown_video(video: Medium) -> dict[str, object]:
+    """What people are told of a video."""
+    return {
+        "path": str(video.paths[0]) if len(video.paths) == 1 else [str(path) for path in video.paths],
+        "frames": video.num_frames,
+        "frames_taken": video.num_taken,
+        "seconds": round(video.seconds, 3),
+    }
 
 
 def digest(line: str) -> int:

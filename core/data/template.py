@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from core.data.formats import IMAGE, Message
+from core.data.formats import IMAGE, PLACEHOLDER, Message
 from core.errors import InvalidModel
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -64,6 +64,7 @@ class ChatTemplate:
         self.vision_start_id = self._special("<|vision_start|>")
         self.vision_end_id = self._special("<|vision_end|>")
         self.image_token_id = self._special("<|image_pad|>")
+        self.video_token_id = self._special("<|video_pad|>")
         self.pad_token_id = self._special("<|endoftext|>")
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         """One more than the largest id."""
@@ -89,16 +90,16 @@ class ChatTemplate:
             raise InvalidModel(f"{file} is not a tokenizer: {error}") from error
         return cls(tokenizer, hashlib.sha256(content).hexdigest())
 
-    def encode(self, messages: Sequence[Message], image_tokens: Sequence[int]) -> Encoded:
-        """Encode turns; the n-th IMAGE in them becomes `image_tokens[n]` image tokens."""
-        pieces = list(self._pieces(messages, iter(image_tokens)))
+    def encode(self, messages: Sequence[Message], media_tokens: Sequence[int]) -> Encoded:
+        """Encode turns; the n-th IMAGE or VIDEO in them becomes `media_tokens[n]` image or video tokens."""
+        pieces = list(self._pieces(messages, iter(media_tokens)))
         ids = np.concatenate([np.array(ids, np.int32) for ids, _ in pieces])
         trained = np.repeat(np.array([mark for _, mark in pieces], np.uint8), [len(ids) for ids, _ in pieces])
         return Encoded(ids, trained)
 
-    def encode_prompt(self, messages: Sequence[Message], image_tokens: Sequence[int]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], media_tokens: Sequence[int]) -> list[int]:
         """Encode turns that end with the user's, followed by the header of the answer to be generated."""
-        pieces = self._pieces(messages, iter(image_tokens))
+        pieces = self._pieces(messages, iter(media_tokens))
         return [token for ids, _ in pieces for token in ids] + self._assistant_header
 
     def text_ids(self, text: str) -> list[int]:
@@ -114,14 +115,14 @@ class ChatTemplate:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def preview(self, encoded: Encoded) -> list[Segment]:
-        """Text with the learnt part marked, runs of image tokens shortened to `<|image_pad|>×n`."""
+        """Text with the learnt part marked, runs of image and video tokens shortened to `<|image_pad|>×n`."""
         segments = []
         cuts = np.flatnonzero(np.diff(encoded.trained)) + 1
         for ids, marks in zip(np.split(encoded.input_ids, cuts), np.split(encoded.trained, cuts), strict=True):
             segments.append(Segment("".join(self._shown(ids)), bool(marks[0])))
         return segments
 
-    def _pieces(self, messages: Sequence[Message], image_tokens: Iterator[int]) -> Iterator[tuple[list[int], bool]]:
+    def _pieces(self, messages: Sequence[Message], media_tokens: Iterator[int]) -> Iterator[tuple[list[int], bool]]:
         """Token ids and whether they are learnt, turn by turn."""
         if not messages or messages[0].role != "system":
             messages = [Message("system", DEFAULT_SYSTEM), *messages]
@@ -131,11 +132,12 @@ class ChatTemplate:
                 yield [*self.text_ids(message.content), self.im_end_id], True
             else:
                 yield [self.im_start_id], False
-                first, *others = message.content.split(IMAGE)
+                first, *others = PLACEHOLDER.split(message.content)
                 yield self.text_ids(f"{message.role}\n{first}"), False
-                for text in others:
-                    image = [self.image_token_id] * next(image_tokens)
-                    yield [self.vision_start_id, *image, self.vision_end_id, *self.text_ids(text)], False
+                for mark, text in zip(others[::2], others[1::2], strict=True):
+                    token_id = self.image_token_id if mark == IMAGE else self.video_token_id
+                    medium = [token_id] * next(media_tokens)
+                    yield [self.vision_start_id, *medium, self.vision_end_id, *self.text_ids(text)], False
                 yield [self.im_end_id], False
             yield self._newline, False
 
@@ -146,10 +148,10 @@ class ChatTemplate:
         return int(token_id)
 
     def _shown(self, ids: np.ndarray) -> Iterator[str]:
-        is_image = ids == self.image_token_id
-        cuts = np.flatnonzero(np.diff(is_image)) + 1
-        for run in np.split(ids, cuts):
-            if len(run) and run[0] == self.image_token_id:
-                yield f"<|image_pad|>×{len(run)}"
+        names = {self.image_token_id: "<|image_pad|>", self.video_token_id: "<|video_pad|>"}
+        kinds = np.where(np.isin(ids, list(names)), ids, -1)
+        for run in np.split(ids, np.flatnonzero(np.diff(kinds)) + 1):
+            if len(run) and run[0] in names:
+                yield f"{names[int(run[0])]}×{len(run)}"
             else:
                 yield str(self._tokenizer.decode(run.tolist(), skip_special_tokens=False))

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from core.data.dataset import NO_TARGET, Row, TokenisedDataset
 from core.data.formats import IMAGE, Message
 from core.data.loader import build_batch
-from core.data.media import ImageError, ImageProcessing, UnreadableImage
+from core.data.media import ImageProcessing, MediaError, Medium, UnreadableMedia
 from core.data.template import ChatTemplate
+from core.data.video import VideoProcessing, load_medium
 from core.inference.generate import Decoding, Prompt, generate, plan_batches
 from core.models.qwen2_5_vl.model import Qwen2_5_VLStage
 
@@ -29,8 +30,6 @@ TOKEN_BUDGET = 16384
 PATCH_BUDGET = 16384
 LOSS_CHUNK_TOKENS = 1024
 
-Grid = tuple[int, int, int]
-
 
 @dataclass(frozen=True)
 class Question:
@@ -38,8 +37,8 @@ class Question:
 
     input_ids: tuple[int, ...]
     """The turns before the answer and the header of the answer."""
-    images: tuple[Path, ...]
-    grid_thw: tuple[Grid, ...]
+    media: tuple[Medium, ...]
+    """Images and videos in order of appearance."""
     messages: tuple[Message, ...]
     reference: str | None
     """The answer that the data set gives; None for a user's own prompt."""
@@ -48,7 +47,7 @@ class Question:
 
     @property
     def num_patches(self) -> int:
-        return sum(t * h * w for t, h, w in self.grid_thw)
+        return sum(medium.num_patches for medium in self.media)
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,12 @@ def held_out_questions(dataset: TokenisedDataset, *, max_samples: int | None = N
 
 
 def own_question(text: str, images: Sequence[Path], template: ChatTemplate, processing: ImageProcessing) -> Question:
-    """A user's prompt as one turn; images without a placeholder in the text come before it. Raises UnreadableImage."""
+    """A user's prompt as one turn; images without a placeholder in the text come before it. Raises UnreadableMedia."""
     missing = len(images) - text.count(IMAGE)
     messages = (Message("user", IMAGE * missing + text),)
-    grids = [_load(path, processing)[1] for path in images]
-    input_ids = template.encode_prompt(messages, [processing.num_tokens(grid) for grid in grids])
-    return Question(tuple(input_ids), tuple(images), tuple(grids), messages, None, None)
+    media = [_planned(path, processing) for path in images]
+    input_ids = template.encode_prompt(messages, [processing.num_tokens(medium.grid) for medium in media])
+    return Question(tuple(input_ids), tuple(media), messages, None, None)
 
 
 def answer(
@@ -84,15 +83,18 @@ def answer(
     *,
     template: ChatTemplate,
     processing: ImageProcessing,
+    videos: VideoProcessing | None = None,
     seed: int = 0,
     progress: Callable[[int], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Answer]:
-    """Answer every question; `progress` gets how many more are done. Raises UnreadableImage.
+    """Answer every question; `progress` gets how many more are done; `videos` may be left out where there are none.
+    Raises UnreadableMedia.
 
-    Images of a batch are decoded while the one before is being answered. After `should_stop` the rest stays empty.
+    Images and videos of a batch are decoded while the one before is being answered. After `should_stop` the rest stays empty.
     """
     answers = [Answer("", 0, finished=False)] * len(questions)
+    loading = processing, videos or VideoProcessing.like(processing)
     generator = torch.Generator().manual_seed(seed)
     batches = plan_batches(
         [len(question.input_ids) for question in questions],
@@ -104,12 +106,12 @@ def answer(
     with ThreadPoolExecutor(1, thread_name_prefix="images") as pool:
         upcoming = iter(batches)
         first = next(upcoming, None)
-        ahead = None if first is None else (first, pool.submit(_prompts, questions, first, processing))
+        ahead = None if first is None else (first, pool.submit(_prompts, questions, first, *loading))
         while ahead is not None and not should_stop():
             batch, future = ahead
             prompts = future.result()
             following = next(upcoming, None)
-            ahead = None if following is None else (following, pool.submit(_prompts, questions, following, processing))
+            ahead = None if following is None else (following, pool.submit(_prompts, questions, following, *loading))
             tokens = generate(model, prompts, decoding, generator=generator, should_stop=should_stop)
             for index, ids in zip(batch, tokens, strict=True):
                 finished = len(ids) < decoding.max_new_tokens
@@ -127,11 +129,15 @@ def mean_loss(
 ) -> float:
     """Cross entropy per target token over the rows of a split: what training minimises, on rows it did not see."""
     total, count = 0.0, 0
+    meta = dataset.meta
     for rows in _row_batches(dataset, max_samples):
         if should_stop():
             break
         batch = build_batch(
-            [dataset.row(row) for row in rows], model.config, processing=dataset.meta.image_processing
+            [dataset.row(row) for row in rows],
+            model.config,
+            processing=meta.image_processing,
+            videos=meta.video_processing,
         ).to(model.accelerator.device)
         with torch.no_grad():
             hidden_TH = model(batch)
@@ -150,33 +156,41 @@ def _held_out(row: Row, messages: Sequence[dict[str, Any]]) -> Question:
     *asked, reference = (Message(**message) for message in messages)
     return Question(
         input_ids=tuple(row.input_ids[:start].tolist()),
-        images=row.images,
-        grid_thw=row.grid_thw,
+        media=row.media,
         messages=tuple(asked),
         reference=reference.content,
         row=row.source_row,
     )
 
 
-def _prompts(questions: Sequence[Question], batch: Sequence[int], processing: ImageProcessing) -> list[Prompt]:
-    return [_prompt(questions[index], processing) for index in batch]
+def _prompts(
+    questions: Sequence[Question], batch: Sequence[int], images: ImageProcessing, videos: VideoProcessing
+) -> list[Prompt]:
+    return [_prompt(questions[index], images, videos) for index in batch]
 
 
-def _prompt(question: Question, processing: ImageProcessing) -> Prompt:
-    pixels = [np.empty((0, processing.patch_dim), np.float32)]
-    for path, expected in zip(question.images, question.grid_thw, strict=True):
-        values, grid = _load(path, processing)
-        if grid != expected:
-            raise UnreadableImage(f"image {path} now gives the grid {grid}, expected {expected}: the file has changed")
-        pixels.append(values)
-    return Prompt(question.input_ids, torch.from_numpy(np.concatenate(pixels)), question.grid_thw)
+def _prompt(question: Question, images: ImageProcessing, videos: VideoProcessing) -> Prompt:
+    pixels = [np.empty((0, images.patch_dim), np.float32)]
+    for medium in question.media:
+        try:
+            pixels.append(load_medium(medium, images, videos))
+        except MediaError as error:
+            row = "" if question.row is None else f"row {question.row}: "
+            raise UnreadableMedia(f"{row}{medium}: {error}") from error
+    return Prompt(
+        question.input_ids,
+        torch.from_numpy(np.concatenate(pixels)),
+        tuple(medium.grid for medium in question.media),
+        tuple(medium.seconds_per_grid for medium in question.media),
+    )
 
 
-def _load(path: Path, processing: ImageProcessing) -> tuple[np.ndarray, Grid]:
+def _planned(path: Path, processing: ImageProcessing) -> Medium:
+    """An image of a user's own prompt, decoded once to find damage early."""
     try:
-        return processing.load(path)
-    except ImageError as error:
-        raise UnreadableImage(f"image {path}: {error}") from error
+        return Medium((path,), processing.load(path)[1])
+    except MediaError as error:
+        raise UnreadableMedia(f"image {path}: {error}") from error
 
 
 def _row_batches(dataset: TokenisedDataset, max_samples: int | None) -> Iterator[list[int]]:

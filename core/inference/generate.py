@@ -25,8 +25,10 @@ class Prompt:
     input_ids: Sequence[int]
     """With the header of the answer at its end."""
     pixel_values_PD: Tensor
-    """float32, of all images; [0, D] without images"""
+    """float32, of all images and videos; [0, D] without any"""
     grid_thw: tuple[tuple[int, int, int], ...] = ()
+    seconds_per_grid: tuple[float, ...] = ()
+    """See `mrope_positions`."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,9 @@ class _Batch:
         """Hidden state at the end of each prompt, and the position of its first new token."""
         prompts = self.prompts
         config = self.model.config
-        positions = [mrope_positions(prompt.input_ids, prompt.grid_thw, config) for prompt in prompts]
+        positions = [
+            mrope_positions(prompt.input_ids, prompt.grid_thw, config, prompt.seconds_per_grid) for prompt in prompts
+        ]
         cu_seqlens = tuple(itertools.accumulate((len(prompt.input_ids) for prompt in prompts), initial=0))
         batch = PackedBatch(
             input_ids_T=torch.tensor([token for prompt in prompts for token in prompt.input_ids]),

@@ -3,7 +3,7 @@
 report.json
     {"version": 1, "num_questions", "generation": {…}, "scores": {"exact_match": {"model": 0.93, "base": 0.11}, …},
      "models": {"model": {"artifact", "seconds", "num_tokens"}, "base": …},
-     "answers": [{"row", "messages": [{"role", "content"}], "images": [path], "reference",
+     "answers": [{"row", "messages": [{"role", "content"}], "images": [path], "videos": [{path, frames, …}], "reference",
                   "model": {"text", "num_tokens", "finished", "exact_match"?, "rouge_l"?}, "base": …?}]}
 """
 
@@ -18,8 +18,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from core.data.formats import IMAGE
-from core.data.media import ImageError, load_rgb
+from core.data.formats import PLACEHOLDER
+from core.data.media import MediaError, Medium, load_rgb
+from core.data.video import first_picture
 
 VERSION = 1
 MAX_SHOWN = 1000
@@ -29,19 +30,19 @@ TITLES = {"exact_match": "Exact match", "rouge_l": "ROUGE-L", "loss": "Loss"}
 SIDES = {"base": "Base", "model": "Fine-tuned"}
 
 
-def write_report(directory: Path, report: Mapping[str, Any], images: Sequence[Sequence[Path]]) -> None:
-    """Write report.json and report.html; `images` are the files of each answer's images, for thumbnails."""
+def write_report(directory: Path, report: Mapping[str, Any], media: Sequence[Sequence[Medium]]) -> None:
+    """Write report.json and report.html; `media` are each answer's images and videos, for thumbnails."""
     text = json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False)
     (directory / "report.json").write_text(text + "\n", encoding="utf-8")
     with (directory / "report.html").open("w", encoding="utf-8") as page:
-        page.writelines(_page(report, images))
+        page.writelines(_page(report, media))
 
 
-def _page(report: Mapping[str, Any], images: Sequence[Sequence[Path]]) -> Iterator[str]:
+def _page(report: Mapping[str, Any], media: Sequence[Sequence[Medium]]) -> Iterator[str]:
     sides = [side for side in SIDES if side in report["models"]]
     yield f"{_HEAD}<h1>Evaluation</h1>{_summary(report, sides)}{_filters(report, sides)}"
-    for number, (answer, paths) in enumerate(zip(report["answers"][:MAX_SHOWN], images, strict=False), start=1):
-        yield _answer(number, answer, paths, sides)
+    for number, (answer, shown) in enumerate(zip(report["answers"][:MAX_SHOWN], media, strict=False), start=1):
+        yield _answer(number, answer, shown, sides)
     left_out = len(report["answers"]) - MAX_SHOWN
     if left_out > 0:
         yield f"<p class=note>{left_out} more answers are in report.json.</p>"
@@ -95,13 +96,13 @@ def _kinds(answer: Mapping[str, Any]) -> list[str]:
     return kinds
 
 
-def _answer(number: int, answer: Mapping[str, Any], paths: Sequence[Path], sides: Sequence[str]) -> str:
+def _answer(number: int, answer: Mapping[str, Any], media: Sequence[Medium], sides: Sequence[str]) -> str:
     row = f" · row {answer['row']}" if answer["row"] is not None else ""
     turns = "".join(
         f"<p class=turn><span>{html.escape(turn['role'])}</span>{_text(turn['content'])}</p>"
         for turn in answer["messages"]
     )
-    pictures = "".join(_picture(path) for path in paths)
+    pictures = "".join(_picture(medium) for medium in media)
     cells = ""
     if answer["reference"] is not None:
         cells = f"<div class=cell><h3>Reference</h3>{_text(answer['reference'])}</div>"
@@ -121,22 +122,27 @@ def _cell(title: str, said: Mapping[str, Any]) -> str:
 
 
 def _text(text: str) -> str:
-    shown = html.escape(text.replace(IMAGE, "").strip())
+    shown = html.escape(PLACEHOLDER.sub("", text).strip())
     return f"<span class=text>{shown}</span>" if shown else "<span class=empty>(empty)</span>"
 
 
-def _picture(path: Path) -> str:
-    source = _thumbnail(path)
-    name = html.escape(path.name, quote=True)
-    return f'<img alt="{name}" title="{name}" src="{source}">' if source else f"<span class=empty>{name}</span>"
+def _picture(medium: Medium) -> str:
+    """The image, or the first frame of the video and how many there are."""
+    source = _thumbnail(medium.paths, medium.is_video)
+    name = html.escape(medium.paths[0].name, quote=True)
+    picture = f'<img alt="{name}" title="{name}" src="{source}">' if source else f"<span class=empty>{name}</span>"
+    if not medium.is_video:
+        return picture
+    facts = f"video, {medium.seconds:.1f} s: {medium.num_taken} of {medium.num_frames} frames"
+    return f"<figure>{picture}<figcaption>{facts}</figcaption></figure>"
 
 
 @lru_cache(maxsize=256)
-def _thumbnail(path: Path) -> str | None:
+def _thumbnail(paths: tuple[Path, ...], is_video: bool) -> str | None:
     """A small copy as a data URI, or None when the file cannot be read any more."""
     try:
-        image = load_rgb(path)
-    except ImageError:
+        image = first_picture(paths) if is_video else load_rgb(paths[0])
+    except MediaError:
         return None
     image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     content = io.BytesIO()
@@ -177,6 +183,8 @@ header{padding:8px 16px;color:var(--soft);font-size:13px}
 .pictures{display:flex;flex-wrap:wrap;gap:6px;align-content:flex-start}
 .pictures img{max-height:112px;border-radius:6px;display:block}
 .pictures:empty{display:none}
+figure{margin:0}
+figcaption{color:var(--soft);font-size:12px;max-width:168px}
 .turn{margin:0 0 6px}
 .turn>span:first-child{color:var(--soft);font-size:12px;margin-right:8px}
 .cells{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));border-top:1px solid var(--line)}

@@ -1,9 +1,9 @@
 """What one forward pass works on: samples packed end to end, without padding between them.
 
-Shapes: T tokens of all samples, P patches of all images, D = in_channels * temporal_patch * patch * patch.
+Shapes: T tokens of all samples, P patches of all images and videos, D = in_channels * temporal_patch * patch * patch.
 
     tokens   |-- sample 0 --|---- sample 1 ----|- sample 2 -|   cu_seqlens = (0, len0, len0 + len1, T)
-    patches  |image|image| (samples without images add none)    grid_thw = one (t, h, w) per image, in that order
+    patches  |image|-video-| (samples without media add none)   grid_thw = one (t, h, w) per image and video, in order of appearance
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class PackedBatch:
     pixel_values_PD: Tensor
     """float32 [P, D] in the patch order of transformers' processor; P may be 0"""
     grid_thw: tuple[tuple[int, int, int], ...]
-    """patches of each image along time, height and width"""
+    """patches of each image and video along time, height and width"""
     rows: tuple[int, ...]
     """dataset row of each sample, for messages"""
     weights_T: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Data set jobs: annotations and images in, a tokenised data set with its report out."""
+"""Data set jobs: annotations, images and videos in, a tokenised data set with its report out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from core.data.media import ImageProcessing
 from core.data.pipeline import Result, build
 from core.data.prepare import Options
+from core.data.video import VideoProcessing
 from core.runners.context import RunContext, Stopped
 from core.specs.dataset import DatasetSpec
 
@@ -23,13 +24,19 @@ def run(ctx: RunContext, spec: DatasetSpec) -> None:
     if not ctx.is_main:
         return
     tokenizer_dir = tokenizer_folder(ctx.inputs["tokenizer"].path)
+    images = ImageProcessing.from_model_dir(tokenizer_dir)
     options = Options(
         source=ctx.inputs["source"].path,
         annotations=spec.annotations,
         media_root=spec.media_root,
         tokenizer_dir=tokenizer_dir,
-        processing=ImageProcessing.from_model_dir(tokenizer_dir).limited(
-            min_pixels=spec.image_min_pixels, max_pixels=spec.image_max_pixels
+        processing=images.limited(min_pixels=spec.image_min_pixels, max_pixels=spec.image_max_pixels),
+        videos=VideoProcessing.like(
+            images,
+            fps=spec.video_fps,
+            max_frames=spec.video_max_frames,
+            max_pixels=spec.video_max_pixels,
+            min_pixels=spec.video_min_pixels,
         ),
         format=spec.format,
         cutoff_len=spec.cutoff_len,
@@ -84,8 +91,9 @@ class _Listener:
 def _log(ctx: RunContext, result: Result, seconds: float) -> None:
     meta = result.meta
     ctx.log.info(
-        "%d rows accepted (%d train, %d validation), %d refused, %d tokens, %d images in %.1f s: %.0f rows/s",
-        *(meta.num_rows, meta.num_train, meta.num_validation, result.num_refused, meta.num_tokens, meta.num_images),
+        "%d rows accepted (%d train, %d validation), %d refused, %d tokens, %d images, %d videos in %.1f s: %.0f rows/s",
+        *(meta.num_rows, meta.num_train, meta.num_validation, result.num_refused),
+        *(meta.num_tokens, meta.num_images, meta.num_videos),
         *(seconds, (meta.num_rows + result.num_refused) / max(seconds, 1e-9)),
     )
     for code, count in result.refused.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 
 from core.conversion.load import load_stage, load_stage_from_hf
 from core.data.dataset import TokenisedDataset
-from core.data.media import ImageProcessing
+from core.data.media import ImageProcessing, Medium
+from core.data.report import shown_video
 from core.data.template import ChatTemplate
+from core.data.video import VideoProcessing
 from core.device import Accelerator, get_accelerator
 from core.errors import InvalidDataset, UnsupportedOption
 from core.inference.evaluate import Answer, Question, answer, held_out_questions, mean_loss, own_question
@@ -42,7 +45,7 @@ def run(ctx: RunContext, spec: EvaluationSpec) -> None:
     ctx.log.info("%d questions for %s", len(questions), " and ".join(sides))
     results = {side: session.evaluate(side, questions, done=i, num_sides=len(sides)) for i, side in enumerate(sides)}
     report = session.report(questions, results)
-    _publish(ctx, report, [question.images for question in questions])
+    _publish(ctx, report, [question.media for question in questions])
 
 
 class _Session:
@@ -56,9 +59,10 @@ class _Session:
         self.template = ChatTemplate.from_model_dir(files)
         self.dataset: TokenisedDataset | None = None
         self.processing = ImageProcessing.from_model_dir(files)
+        self.videos = VideoProcessing.like(self.processing)
         if "dataset" in ctx.inputs:
             self.dataset = TokenisedDataset(ctx.inputs["dataset"].path, "validation")
-            self.processing = self.dataset.meta.image_processing
+            self.processing, self.videos = self.dataset.meta.image_processing, self.dataset.meta.video_processing
             if len(self.dataset) == 0:
                 raise InvalidDataset(
                     "the data set has no held-out rows", hint="build it with validation_fraction above 0"
@@ -108,6 +112,7 @@ class _Session:
             decoding,
             template=self.template,
             processing=self.processing,
+            videos=self.videos,
             seed=generation.seed,
             progress=progress,
             should_stop=ctx.should_stop,
@@ -149,7 +154,8 @@ class _Session:
                 {
                     "row": question.row,
                     "messages": [{"role": turn.role, "content": turn.content} for turn in question.messages],
-                    "images": [self._shown(path) for path in question.images],
+                    "images": [self._shown(medium.paths[0]) for medium in question.media if not medium.is_video],
+                    "videos": [self._shown_video(medium) for medium in question.media if medium.is_video],
                     "reference": question.reference,
                     **{side: scored[side][index] for side in results},
                 }
@@ -157,8 +163,12 @@ class _Session:
             ],
         }
 
+    def _shown_video(self, video: Medium) -> dict[str, object]:
+        """What the report tells of a video."""
+        return shown_video(replace(video, paths=tuple(Path(self._shown(path)) for path in video.paths)))
+
     def _shown(self, image: Path) -> str:
-        """An image's path for the report: relative to the data set's media root, so that it says nothing of the host."""
+        """A path for the report: relative to the data set's media root, so that it says nothing of the host."""
         if self.dataset is not None and image.is_relative_to(self.dataset.media_root):
             return str(image.relative_to(self.dataset.media_root))
         return str(image)
@@ -204,13 +214,13 @@ def _score(metric: str, result: Mapping[str, Any], scored: Sequence[Mapping[str,
     return value
 
 
-def _publish(ctx: RunContext, report: Mapping[str, Any], images: Sequence[Sequence[Path]]) -> None:
+def _publish(ctx: RunContext, report: Mapping[str, Any], media: Sequence[Sequence[Medium]]) -> None:
     scores = report["scores"]
     for metric, values in scores.items():
         ctx.log.info("%s: %s", metric, ", ".join(f"{side} {value:.4f}" for side, value in values.items()))
     output = ctx.new_artifact("report", "report")
     try:
-        write_report(output.path, report, images)
+        write_report(output.path, report, media)
         output.commit({"num_questions": report["num_questions"], "scores": scores, "generation": report["generation"]})
     except BaseException:
         output.abort()

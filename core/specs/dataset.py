@@ -10,13 +10,15 @@ from core.specs.base import ArtifactRef, JobInputs
 
 
 class DatasetSpec(JobInputs):
-    """Annotations and images to normalised, tokenised, checked rows."""
+    """Annotations, images and videos to normalised, tokenised, checked rows."""
 
     source: ArtifactRef = Field(description="Folder with annotations and media.")
     annotations: str = Field(
         max_length=1024, description="JSON or JSONL file inside the source.", examples=["llava_instruct.json"]
     )
-    media_root: str = Field(".", max_length=1024, description="Folder inside the source that image paths start from.")
+    media_root: str = Field(
+        ".", max_length=1024, description="Folder inside the source that paths of images and videos start from."
+    )
     format: Literal["llava", "sharegpt", "messages", "auto"] = Field("auto", description="Form of the records.")
     tokenizer: ArtifactRef = Field(
         description="A model folder with tokenizer and processor files (Hugging Face or mm)."
@@ -28,6 +30,14 @@ class DatasetSpec(JobInputs):
     image_max_pixels: int = Field(262144, ge=784, description="Larger images are scaled down to this many pixels.")
     image_min_pixels: int | None = Field(
         None, ge=0, description="Smaller images are scaled up to this many pixels; the model's own minimum if absent."
+    )
+    video_fps: float = Field(2.0, gt=0, le=60, description="Frames that are taken of a video per second, at least 4.")
+    video_max_frames: int = Field(64, ge=2, le=768, description="Of longer videos so many frames are taken, evenly.")
+    video_max_pixels: int = Field(16384, ge=784, description="Larger frames are scaled down to this many pixels.")
+    video_min_pixels: int | None = Field(
+        None,
+        ge=0,
+        description="Smaller frames are scaled up to this many pixels; if absent Qwen's 100352, where the maximum admits it.",
     )
     on_bad_sample: Literal["skip", "fail"] = Field(
         "skip", description="A bad row is reported and skipped, or fails the job."
@@ -41,8 +51,8 @@ class DatasetSpec(JobInputs):
             value = getattr(self, name)
             if value.startswith("/") or ".." in value.split("/") or "\\" in value or "\0" in value:
                 raise ValueError(f"{name} must be a relative path inside the source, got {value!r}")
-        if self.image_min_pixels is not None and self.image_min_pixels > self.image_max_pixels:
-            raise ValueError(
-                f"image_min_pixels ({self.image_min_pixels}) must not exceed image_max_pixels ({self.image_max_pixels})"
-            )
+        for kind in ("image", "video"):
+            least, most = getattr(self, f"{kind}_min_pixels"), getattr(self, f"{kind}_max_pixels")
+            if least is not None and least > most:
+                raise ValueError(f"{kind}_min_pixels ({least}) must not exceed {kind}_max_pixels ({most})")
         return self

@@ -18,7 +18,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from core.data.dataset import TokenWriter
-from core.data.media import ImageProcessing
+from core.data.media import ImageProcessing, Medium
 from core.data.plan import row_at
 from core.models.hf_folder import read_config
 from core.models.qwen2_5_vl.family import Config
@@ -99,12 +99,12 @@ def write_dataset(folder: Path, samples: Sequence[Sample]) -> Path:
             completion = tokenizer.encode(sample.completion).ids
             assert (len(prompt) + len(completion), len(completion)) == (sample.num_tokens, sample.num_targets)
             trained = np.repeat(np.array([0, 1], np.uint8), [len(prompt), len(completion)])
-            writer.add(
-                np.array(prompt + completion), trained, images=[sample.image], grids=[grid], source_row=place + 1
-            )
+            media = [Medium((Path(sample.image),), grid)]
+            writer.add(np.array(prompt + completion), trained, media=media, source_row=place + 1)
         writer.finish(
             train=range(len(samples)), validation=[], media_root=folder, vocab_size=config.text.vocab_size,
-            tokenizer_digest="", image_token_id=config.image_token_id, pad_token_id=0, image_processing=processing,
+            tokenizer_digest="", image_token_id=config.image_token_id, video_token_id=config.video_token_id, pad_token_id=0,
+            image_processing=processing,
         )  # fmt: skip
     return path
 

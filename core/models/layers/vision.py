@@ -79,7 +79,7 @@ class PatchLayout:
 def patch_layout(
     grid_thw: tuple[tuple[int, int, int], ...], *, merge_size: int, window_size: int, patch_size: int
 ) -> PatchLayout:
-    """Layout for images of these grids (in patches); `window_size` and `patch_size` are in pixels."""
+    """Layout for images and videos of these grids (in patches); `window_size` and `patch_size` are in pixels."""
     unit = merge_size**2
     window = window_size // merge_size // patch_size  # side of a window in merged patches
     merged_orders: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]

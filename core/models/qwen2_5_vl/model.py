@@ -207,7 +207,9 @@ class TextDecoder(nn.Module):
         if self.embedding is not None:
             hidden_TH = self.embedding.word_embeddings(batch.input_ids_T)
             if incoming is not None:
-                hidden_TH = _place_features(hidden_TH, incoming, batch.input_ids_T == self.config.image_token_id)
+                is_image_T = batch.input_ids_T == self.config.image_token_id
+                is_video_T = batch.input_ids_T == self.config.video_token_id
+                hidden_TH = _place_features(hidden_TH, incoming, is_image_T | is_video_T)
         assert hidden_TH is not None, "a later decoder stage needs the hidden states of the one before"
 
         text = self.config.text
@@ -264,11 +266,11 @@ class DecoderLayers(nn.Module):
             self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, accelerator)
 
 
-def _place_features(embedded_TH: Tensor, features_MH: Tensor, is_image_T: Tensor) -> Tensor:
-    """Put the features, in order, where the image tokens are: by gather and select, so that no count leaves the device."""
+def _place_features(embedded_TH: Tensor, features_MH: Tensor, is_media_T: Tensor) -> Tensor:
+    """Put the features, in order, where the image and video tokens are: by gather and select, so that no count leaves the device."""
     features_MH = features_MH.to(embedded_TH.dtype)
     if features_MH.shape[0] == 0:
         # Keeps the encoder in the graph of a text-only batch, so that its parameters get zero gradients instead of none.
         return embedded_TH + features_MH.sum() * 0 if features_MH.requires_grad else embedded_TH
-    feature_T = (is_image_T.cumsum(0) - 1).clamp(0, features_MH.shape[0] - 1)
-    return torch.where(is_image_T[:, None], features_MH[feature_T], embedded_TH)
+    feature_T = (is_media_T.cumsum(0) - 1).clamp(0, features_MH.shape[0] - 1)
+    return torch.where(is_media_T[:, None], features_MH[feature_T], embedded_TH)

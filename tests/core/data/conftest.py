@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from core.data.dataset import TokenWriter
-from core.data.media import ImageProcessing
+from core.data.media import ImageProcessing, Medium
 from core.models.qwen2_5_vl.family import Config
 from tests.tiny import tiny_model
 
@@ -50,6 +50,7 @@ def dataset_dir(tmp_path: Path, media_root: Path, config: Config) -> Path:
     with TokenWriter(path) as writer:
         for source_row, numbers in enumerate([[0], [], [1, 2], [1]], start=11):
             grids = [processing.grid(IMAGE_SIZES[n][1], IMAGE_SIZES[n][0]) for n in numbers]
+            media = [Medium((Path(f"{n}.png"),), grid) for n, grid in zip(numbers, grids, strict=True)]
             ids = [1, 2]
             for grid in grids:
                 ids += [config.vision_start_token_id]
@@ -57,7 +58,7 @@ def dataset_dir(tmp_path: Path, media_root: Path, config: Config) -> Path:
             ids += [3, 4, 5]
             trained = np.zeros(len(ids), np.uint8)
             trained[-2:] = 1
-            writer.add(np.array(ids), trained, images=[f"{n}.png" for n in numbers], grids=grids, source_row=source_row)
+            writer.add(np.array(ids), trained, media=media, source_row=source_row)
         writer.finish(
             train=[0, 2, 3],
             validation=[1],
@@ -65,6 +66,7 @@ def dataset_dir(tmp_path: Path, media_root: Path, config: Config) -> Path:
             vocab_size=config.text.vocab_size,
             tokenizer_digest="",
             image_token_id=config.image_token_id,
+            video_token_id=config.video_token_id,
             pad_token_id=0,
             image_processing=processing,
         )

@@ -19,7 +19,7 @@ class TestTokenisedDataset:
     def test_gives_back_what_was_written(self, dataset_dir: Path, media_root: Path) -> None:
         row = TokenisedDataset(dataset_dir).row(1)
         assert (row.index, row.source_row) == (1, 13)
-        assert row.images == (media_root / "1.png", media_root / "2.png")
+        assert [medium.paths for medium in row.media] == [(media_root / "1.png",), (media_root / "2.png",)]
         assert row.input_ids[:2].tolist() == [1, 2]
         assert row.grid_thw == ((1, 2, 8), (1, 4, 4))
 
@@ -37,12 +37,12 @@ class TestTokenisedDataset:
 
     def test_validation_has_its_own_rows(self, dataset_dir: Path) -> None:
         dataset = TokenisedDataset(dataset_dir, "validation")
-        assert (len(dataset), dataset.row(0).source_row, dataset.row(0).images) == (1, 12, ())
+        assert (len(dataset), dataset.row(0).source_row, dataset.row(0).media) == (1, 12, ())
         assert dataset.patches.tolist() == [0]
 
     def test_media_may_have_moved(self, dataset_dir: Path, tmp_path: Path) -> None:
         dataset = TokenisedDataset(dataset_dir, media_root=tmp_path / "elsewhere")
-        assert dataset.row(0).images == (tmp_path / "elsewhere" / "0.png",)
+        assert dataset.row(0).media[0].paths == (tmp_path / "elsewhere" / "0.png",)
 
     def test_a_truncated_file_is_named(self, dataset_dir: Path) -> None:
         file = dataset_dir / "tokens" / "input_ids.i32"

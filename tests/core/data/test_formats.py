@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.data import formats
-from core.data.formats import BadRow, MediaRoot, Message, Sample, count_records, parse_record, read_records
+from core.data.formats import (
+    IMAGE,
+    VIDEO,
+    BadRow,
+    MediaRoot,
+    Message,
+    Sample,
+    count_records,
+    parse_record,
+    read_records,
+)
 from core.errors import InvalidDataset
 
 json_values = st.recursive(
@@ -141,6 +151,27 @@ class TestParseRecord:
     def test_other_spellings_of_an_image_part(self, part: dict[str, Any]) -> None:
         assert parse_record(messages([part], "x")).images == ("a.jpg",)
 
+    @pytest.mark.parametrize(
+        ("row", "videos"),
+        [
+            (llava("<video>What?", "x", video="a.mp4"), [("a.mp4",)]),
+            (llava("<image>\nWhat?", "x", video="a.mp4"), [("a.mp4",)]),  # as LLaVA-Video writes it
+            (messages("<video> <video>", "x", videos=["a.mp4", ["1.jpg", "2.jpg"]]), [("a.mp4",), ("1.jpg", "2.jpg")]),
+            (messages([{"type": "video", "video": "a.mp4"}], "x"), [("a.mp4",)]),
+            (messages([{"type": "video", "video": ["1.jpg", "2.jpg"]}], "x"), [("1.jpg", "2.jpg")]),
+            (messages([{"type": "video_url", "video_url": {"url": "a.mp4"}}], "x"), [("a.mp4",)]),
+        ],
+    )
+    def test_forms_of_videos(self, row: dict[str, Any], videos: list[tuple[str, ...]]) -> None:
+        sample = parse_record(row)
+        assert (list(sample.videos), sample.images) == (videos, ())
+        assert sample.placeholders() == [VIDEO] * len(videos)
+        assert parse_record(sample.to_json().encode(), "messages") == sample
+
+    def test_images_and_videos_keep_their_order(self) -> None:
+        sample = parse_record(llava("<video><image>", "x", "<image>", "y", images=["a", "b"], video="c"))
+        assert sample.placeholders() == [VIDEO, IMAGE, IMAGE]
+
     def test_a_line_is_parsed(self) -> None:
         assert parse_record(json.dumps(llava("hi", "yes")).encode()) == parse_record(llava("hi", "yes"))
 
@@ -154,13 +185,19 @@ class TestParseRecord:
             (b"[" * 100_000, "not_json", "not JSON"),
             ([1], "not_an_object", "got [1]"),
             ({"id": 1}, "missing_field", "'conversations' or 'messages' is missing; the row has 'id'"),
-            (llava("<image>", "x", video="a.mp4"), "unsupported_media", "field 'video' has 'a.mp4'"),
-            (messages("hi", "x", videos=["a.mp4"]), "unsupported_media", "videos"),
-            (messages([{"type": "video", "video": "a.mp4"}], "x"), "unsupported_media", "'messages[0].content[0].type' is 'video'"),
+            (llava("hi", "x", audio="a.wav"), "unsupported_media", "field 'audio' has 'a.wav'"),
+            (messages([{"type": "audio", "audio": "a.wav"}], "x"), "unsupported_media", "'messages[0].content[0].type' is 'audio'"),
+            (messages("hi", "x", videos=["a.mp4"]), "placeholder_count", "0 <video> placeholders for 1 videos"),
+            (llava("<image><video>", "x", image="a"), "placeholder_count", "1 <video> placeholders for 0 videos"),
+            (llava("<video>", "x", video="a", videos=["a"]), "videos_twice", "both 'video' and 'videos'"),
+            (llava("<video>", "x", videos=["a", []]), "bad_field", "'videos[1]' must be a path, got []"),
+            (llava("<video>", "x", video=[["a", 3]]), "bad_field", "'video[0]' must be a path, got 3"),
+            (llava("<image>", "x", image=[["a", "b"]]), "bad_field", "'image[0]' must be a path, got ['a', 'b']"),
+            (messages([{"type": "video", "video": {}}], "x"), "bad_field", "must name the path of its video"),
             (llava("<image><image>", "x", image="a"), "placeholder_count", "2 <image> placeholders for 1 images"),
             (llava("What?", "x", image="a"), "placeholder_count", "0 <image> placeholders for 1 images"),
             (llava("hi", "<image>", image="a"), "placeholder_in_answer", "turn 1"),
-            (messages([{"type": "text", "text": "<image>"}], "x"), "placeholder_count", "images are parts of their own"),
+            (messages([{"type": "text", "text": "<image>"}], "x"), "placeholder_count", "images and videos are parts of their own"),
             (messages([{"type": "image", "image": "a"}], "x", images=["b"]), "images_twice", "inside the messages"),
             (llava("<image>", "x", image="a", images=["a"]), "images_twice", "both 'image' and 'images'"),
             (llava("<image>", "x", image=7), "bad_field", "field 'image' must be a path or a list of paths, got 7"),

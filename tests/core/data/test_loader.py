@@ -12,7 +12,7 @@ import torch
 
 from core.data.dataset import NO_TARGET, TokenisedDataset
 from core.data.loader import CACHE_BYTES, LossReduction, StepLoader, build_batch, padding_grid
-from core.data.media import ImageProcessing, UnreadableImage
+from core.data.media import ImageProcessing, Medium, UnreadableMedia
 from core.data.plan import StepPlan, plan_step
 from core.errors import InvalidDataset
 from core.models.batch import PackedBatch
@@ -37,7 +37,9 @@ class TestBuildBatch:
         assert torch.equal(
             batch.position_ids_3T[:, first:], mrope_positions(rows[1].input_ids.tolist(), rows[1].grid_thw, config)
         )
-        expected = torch.cat([torch.from_numpy(PROCESSING.load(image)[0]) for row in rows for image in row.images])
+        expected = torch.cat(
+            [torch.from_numpy(PROCESSING.load(image.paths[0])[0]) for row in rows for image in row.media]
+        )
         assert torch.equal(batch.pixel_values_PD, expected)
 
     def test_no_rows_give_an_empty_batch(self, config: Config) -> None:
@@ -81,16 +83,17 @@ class TestBuildBatch:
         (media_root / "2.png").unlink()
         if content:
             (media_root / "2.png").write_bytes(content)
-        with pytest.raises(UnreadableImage, match=r"row 13: image .*2\.png: "):
+        with pytest.raises(UnreadableMedia, match=r"row 13: image .*2\.png: "):
             build_batch([TokenisedDataset(dataset_dir).row(1)], config, processing=PROCESSING)
 
     def test_an_image_that_changed_its_size_is_named(self, dataset_dir: Path, config: Config, media_root: Path) -> None:
         (media_root / "0.png").write_bytes((media_root / "1.png").read_bytes())
-        with pytest.raises(UnreadableImage, match=r"row 11: image .*0\.png now gives the grid \(1, 2, 8\)"):
+        with pytest.raises(UnreadableMedia, match=r"row 11: image .*0\.png: the file now gives the grid \(1, 2, 8\)"):
             build_batch([TokenisedDataset(dataset_dir).row(0)], config, processing=PROCESSING)
 
     def test_image_tokens_that_do_not_match_name_the_row(self, dataset_dir: Path, config: Config) -> None:
-        row = replace(TokenisedDataset(dataset_dir).row(0), grid_thw=((1, 8, 8),))
+        row = TokenisedDataset(dataset_dir).row(0)
+        row = replace(row, media=(Medium(row.media[0].paths, (1, 8, 8)),))
         with pytest.raises(InvalidDataset, match="row 11: 6 image tokens in the text, 16 by its images' sizes"):
             build_batch([row], config, processing=PROCESSING)
 
@@ -198,7 +201,7 @@ class TestStepLoader:
 
     def test_an_image_lost_in_mid_run_ends_it(self, dataset_dir: Path, config: Config, media_root: Path) -> None:
         (media_root / "1.png").unlink()
-        with pytest.raises(UnreadableImage, match=r"1\.png"):
+        with pytest.raises(UnreadableMedia, match=r"1\.png"):
             self.batches(self.loader(dataset_dir, config), 2)
 
     def test_a_small_data_set_is_decoded_once(self, dataset_dir: Path, config: Config, media_root: Path) -> None:
@@ -235,5 +238,5 @@ class TestStepLoader:
             list(next(steps).micro_batches)
             for image in media_root.iterdir():
                 image.unlink()
-            with pytest.raises(UnreadableImage):
+            with pytest.raises(UnreadableMedia):
                 _ = [list(next(steps).micro_batches) for _ in range(10)]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from core.data.media import ImageError, ImageProcessing, check_decodes, load_rgb, probe_size, smart_resize
+from core.data.media import ImageProcessing, MediaError, check_decodes, load_rgb, probe_size, smart_resize
 from core.errors import InvalidModel
 
 SIZES = [(28, 28), (8, 8), (640, 480), (333, 517), (1200, 90), (15, 220)]
@@ -95,7 +95,7 @@ class TestSmartResize:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as theirs
 
         if max(height, width) / min(height, width) > 200:
-            with pytest.raises(ImageError, match="aspect ratio"):
+            with pytest.raises(MediaError, match="aspect ratio"):
                 smart_resize(height, width, 28, min_pixels=min_pixels, max_pixels=max_pixels)
             return
         ours = smart_resize(height, width, 28, min_pixels=min_pixels, max_pixels=max_pixels)
@@ -131,7 +131,7 @@ class TestProbeSize:
         assert probe_size(damaged(tmp_path / "image.jpg")) == (100, 200)
 
     def test_a_missing_file_is_named_so(self, tmp_path: Path) -> None:
-        with pytest.raises(ImageError) as caught:
+        with pytest.raises(MediaError) as caught:
             probe_size(tmp_path / "absent.jpg")
         assert caught.value.code == "missing_image"
 
@@ -139,7 +139,7 @@ class TestProbeSize:
         os.mkfifo(tmp_path / "pipe.jpg")
         (tmp_path / "folder.jpg").mkdir()
         for name in ("pipe.jpg", "folder.jpg"):
-            with pytest.raises(ImageError, match="not a regular file"):
+            with pytest.raises(MediaError, match="not a regular file"):
                 probe_size(tmp_path / name)
 
     @pytest.mark.parametrize(
@@ -147,14 +147,14 @@ class TestProbeSize:
     )
     def test_what_is_no_image_is_refused(self, content: bytes, tmp_path: Path) -> None:
         (tmp_path / "image.jpg").write_bytes(content)
-        with pytest.raises(ImageError) as caught:
+        with pytest.raises(MediaError) as caught:
             probe_size(tmp_path / "image.jpg")
         assert caught.value.code == "unreadable_image"
 
     def test_a_decompression_bomb_is_refused_unread(self, tmp_path: Path) -> None:
         Image.new("1", (12_000, 12_000)).save(tmp_path / "bomb.png")
         for use in (probe_size, check_decodes, load_rgb):
-            with pytest.raises(ImageError) as caught:
+            with pytest.raises(MediaError) as caught:
                 use(tmp_path / "bomb.png")
             assert caught.value.code == "image_too_large"
 
@@ -162,7 +162,7 @@ class TestProbeSize:
 class TestCheckDecodes:
     @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
     def test_finds_a_cut_file(self, suffix: str, tmp_path: Path) -> None:
-        with pytest.raises(ImageError) as caught:
+        with pytest.raises(MediaError) as caught:
             check_decodes(damaged(tmp_path / f"image.{suffix}"))
         assert caught.value.code == "unreadable_image"
 

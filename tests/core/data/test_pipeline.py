@@ -17,13 +17,15 @@ from PIL import Image
 from core.data.dataset import TokenisedDataset
 from core.data.formats import Record, parse_record, read_records
 from core.data.loader import build_batch
-from core.data.media import ImageProcessing
+from core.data.media import ImageProcessing, UnreadableMedia
 from core.data.pipeline import Result, build, choose_validation
 from core.data.prepare import Options, Refused, prepare_all
 from core.data.template import ChatTemplate
+from core.data.video import VideoProcessing
 from core.errors import InvalidDataset, InvalidModel
 from core.models.qwen2_5_vl.family import Config
 from tests.core.data.conftest import IMAGE_SIZES
+from tests.videos import pictures, write_animation, write_video
 
 NUM_GOOD = len(IMAGE_SIZES)
 
@@ -31,6 +33,10 @@ NUM_GOOD = len(IMAGE_SIZES)
 def question(image: str, answer: str = "A dog.", **fields: Any) -> dict[str, Any]:
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": answer}]
     return {"image": image, "conversations": turns, **fields}
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 class Deadly:
@@ -70,6 +76,10 @@ def refused(path: Path) -> list[Any]:
     return [json.loads(line) for line in (path / "refused.jsonl").read_text().splitlines()]
 
 
+def preview(path: Path) -> list[Any]:
+    return list(json.loads((path / "preview.json").read_text())["rows"])
+
+
 class TestBuild:
     def test_rows_become_batches(self, options: Options, config: Config, model_dir: Path) -> None:
         _, path = built(options, GOOD)
@@ -103,7 +113,7 @@ class TestBuild:
             question("../rows.json"),
             question("0.png", answer="word " * 200),
             {"conversations": []},
-            question("1.png", video="x.mp4"),
+            question("1.png", audio="x.wav"),
         ]
         result, path = built(options, [row for pair in zip(bad, bad, strict=True) for row in pair] + GOOD)
         verdicts = refused(path)
@@ -295,6 +305,78 @@ class TestChooseValidation:
         assert (choose_validation(marks, 0.2, 1) != choose_validation(marks, 0.2, 2)).any()
 
 
+class TestVideos:
+    @pytest.fixture
+    def options(self, options: Options) -> Options:
+        return replace(options, videos=VideoProcessing.like(options.processing, max_pixels=3136))
+
+    def test_rows_of_every_kind_stand_together(self, options: Options, media_root: Path, config: Config) -> None:
+        write_video(media_root / "a.mp4", pictures(20))
+        write_animation(media_root / "b.gif", pictures(6))
+        rows = [
+            GOOD[0],
+            {"messages": turns("Hello.", "Hi."), "videos": []},
+            {"messages": turns("<video>And <image>?", "A dog."), "images": ["1.png"], "videos": ["a.mp4"]},
+            {"video": "b.gif", "conversations": question("")["conversations"]},
+            {"messages": turns("<video>", "Three images."), "videos": [["0.png", "0.png", "0.png"]]},
+        ]
+        result, path = built(options, rows)
+        meta = result.meta
+        assert (meta.num_rows, meta.num_images, meta.num_videos, meta.num_frames) == (5, 2, 3, 4 + 4 + 3)
+        dataset = TokenisedDataset(path)
+        assert [[medium.is_video for medium in dataset.row(i).media] for i in range(5)] == [
+            [False], [], [True, False], [True], [True],
+        ]  # fmt: skip
+        assert dataset.row(2).seconds_per_grid == (1.0, 0.0)
+        assert dataset.row(4).media[0].paths == (media_root / "0.png",) * 3
+        batch = build_batch(
+            [dataset.row(index) for index in range(5)],
+            config,
+            processing=meta.image_processing,
+            videos=meta.video_processing,
+        )
+        assert batch.num_patches == len(batch.pixel_values_PD) == dataset.patches.sum()
+        tokens = report(path)["tokens"]
+        in_media = (
+            (batch.input_ids_T == config.video_token_id).sum(),
+            (batch.input_ids_T == config.image_token_id).sum(),
+        )
+        assert in_media == (tokens["video"], tokens["image"])
+        assert 4 * sum(in_media) == batch.num_patches
+        assert report(path)["videos"] == {"total": 3, "frames_taken": 11}
+        shown = preview(path)[2]
+        assert shown["videos"] == [{"path": "a.mp4", "frames": 20, "frames_taken": 4, "seconds": 2.0}]
+        assert "<|video_pad|>×" in shown["segments"][0]["text"]
+
+    def test_bad_videos_are_refused_row_by_row(self, options: Options, media_root: Path) -> None:
+        write_video(media_root / "a.avi", pictures(30))
+        (media_root / "cut.avi").write_bytes((media_root / "a.avi").read_bytes()[:4000])
+        (media_root / "text.mp4").write_text("hello")
+        names = ["absent.mp4", "cut.avi", "text.mp4", "../rows.json", "a.avi"]
+        _, path = built(options, [{"messages": turns("<video>", "x"), "video": name} for name in names])
+        assert [verdict["code"] for verdict in refused(path)] == [
+            "missing_video", "unreadable_video", "unreadable_video", "path_outside",
+        ]  # fmt: skip
+        assert refused(path)[0]["message"] == "video 'absent.mp4': the file does not exist"
+        assert TokenisedDataset(path).source_row(0) == 5
+
+    def test_a_video_lost_or_changed_since_is_named_with_its_row(
+        self, options: Options, media_root: Path, config: Config
+    ) -> None:
+        write_video(media_root / "a.mp4", pictures(20))
+        _, path = built(options, [{"messages": turns("<video>", "x"), "video": "a.mp4"}])
+        dataset = TokenisedDataset(path)
+        row, meta = dataset.row(0), dataset.meta
+        write_video(media_root / "a.mp4", pictures(8))
+        with pytest.raises(UnreadableMedia, match=r"row 1: video .*a\.mp4: the file ends before frame 10 of 20"):
+            build_batch([row], config, processing=meta.image_processing, videos=meta.video_processing)
+        (media_root / "a.mp4").unlink()
+        with pytest.raises(UnreadableMedia, match=r"row 1: video .*a\.mp4: the file does not exist"):
+            build_batch([row], config, processing=meta.image_processing, videos=meta.video_processing)
+        without = build_batch([row], config, processing=meta.image_processing, with_pixels=False)
+        assert without.num_patches == row.media[0].num_patches
+
+
 class TestRealData:
     @pytest.mark.parametrize(
         ("folder", "annotations", "rows", "images"),
@@ -313,13 +395,15 @@ class TestRealData:
         result = build(options, tmp_path, num_workers=0)
         assert (result.meta.num_rows, result.meta.num_images, result.refused) == (rows, images, {})
 
-    def test_videos_are_refused_by_name(self, data_dir: Path, tmp_path: Path) -> None:
+    def test_videos_are_accepted(self, data_dir: Path, tmp_path: Path) -> None:
         options = Options(
             source=data_dir / "mllm_demo",
             annotations="mllm_video_demo.json",
             media_root=".",
             tokenizer_dir=data_dir / "qwen2-tokenizer",
             processing=ImageProcessing(),
+            videos=VideoProcessing.like(ImageProcessing(), max_frames=64, max_pixels=16384),
         )
-        with pytest.raises(InvalidDataset, match=r"unsupported_media 3.*mllm_demo_data/1\.mp4"):
-            build(options, tmp_path, num_workers=0)
+        meta = build(options, tmp_path, num_workers=0).meta
+        assert (meta.num_rows, meta.num_images, meta.num_videos, meta.num_frames) == (3, 0, 3, 48)
+        assert [row["videos"][0]["frames"] for row in preview(tmp_path)] == [243, 270, 146]

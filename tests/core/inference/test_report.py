@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from core.data.media import Medium
 from core.inference.report import MAX_SHOWN, write_report
 
 HOSTILE = "<script>alert(1)</script> & \"quoted\" 'single'"
@@ -41,7 +42,7 @@ class TestWriteReport:
     def test_page_stands_alone_and_escapes_every_text(self, tmp_path: Path) -> None:
         picture = tmp_path / "x' onerror=alert(1) .png"
         Image.new("RGB", (400, 200), "red").save(picture)
-        write_report(tmp_path, report(), [[picture]])
+        write_report(tmp_path, report(), [[Medium((picture,), (1, 2, 2))]])
         page = (tmp_path / "report.html").read_text()
         assert page.count("<script>") == 1, "only our own"
         assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &quot;quoted&quot;" in page
@@ -65,5 +66,5 @@ class TestWriteReport:
         assert "2 more answers are in report.json" in page
 
     def test_an_image_that_is_gone_leaves_its_name(self, tmp_path: Path) -> None:
-        write_report(tmp_path, report(), [[tmp_path / "gone.png"]])
+        write_report(tmp_path, report(), [[Medium((tmp_path / "gone.png",), (1, 2, 2))]])
         assert "gone.png" in (tmp_path / "report.html").read_text()

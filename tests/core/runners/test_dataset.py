@@ -91,7 +91,7 @@ class TestRun:
         files = published(ctx) / "files"
         assert len(TokenisedDataset(files)) == 72
         assert len(TokenisedDataset(files, "validation")) == 18
-        assert TokenisedDataset(files).row(0).images[0].is_file()
+        assert TokenisedDataset(files).row(0).media[0].paths[0].is_file()
 
     def test_the_manifest_tells_what_is_in_it(self, tmp_path: Path, source: Path, model_dir: Path) -> None:
         ctx = context(tmp_path, source, model_dir)

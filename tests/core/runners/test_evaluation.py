@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from core.conversion.convert import hf_to_mm
-from core.data.media import ImageProcessing, UnreadableImage
+from core.data.media import ImageProcessing, UnreadableMedia
 from core.data.pipeline import Options, build
 from core.errors import ForbiddenPath
 from core.models.hf_folder import inspect_hf_folder
@@ -162,9 +162,9 @@ def hf_loss(folder: Path, held_out: list[int]) -> float:
         row = dataset.row(index)
         ids = torch.from_numpy(row.input_ids.astype(np.int64))[None]
         inputs: dict[str, Any] = {"input_ids": ids}
-        if row.images:
+        if row.media:
             inputs["pixel_values"] = torch.from_numpy(
-                np.concatenate([dataset.meta.image_processing.load(path)[0] for path in row.images])
+                np.concatenate([dataset.meta.image_processing.load(image.paths[0])[0] for image in row.media])
             )
             inputs["image_grid_thw"] = torch.tensor(row.grid_thw)
             inputs["mm_token_type_ids"] = (ids == dataset.meta.image_token_id).int()
@@ -250,5 +250,5 @@ class TestOwnPrompts:
         broken = folder / "source" / "broken.png"
         broken.write_bytes(b"no image")
         job = Job(tmp_path, folder, {"prompts": [{"text": "x", "images": [str(broken)]}]})
-        with pytest.raises(UnreadableImage, match=r"broken\.png"):
+        with pytest.raises(UnreadableMedia, match=r"broken\.png"):
             run(job.ctx, job.spec)

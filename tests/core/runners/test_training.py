@@ -19,7 +19,7 @@ from core.conversion.output import Options
 from core.conversion.writing import Quiet
 from core.data import loader
 from core.data.dataset import Row, TokenisedDataset, TokenWriter
-from core.data.media import ImageProcessing
+from core.data.media import ImageProcessing, Medium
 from core.data.plan import plan_step
 from core.device.cpu import CpuAccelerator
 from core.errors import (
@@ -65,17 +65,18 @@ def write_dataset(folder: Path, config: Config) -> Path:
     (folder / "media").mkdir(parents=True)
     with TokenWriter(folder) as writer:
         for row in range(NUM_ROWS):
-            ids, images, grids = [1, 2], [], []
+            ids: list[int] = [1, 2]
+            media = []
             if row % 2 == 0:
                 width, height = 56 + 28 * row, 60
                 Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(folder / f"media/{row}.png")
-                images, grids = [f"{row}.png"], [processing.grid(height, width)]
+                media = [Medium((Path(f"{row}.png"),), processing.grid(height, width))]
                 ids += [config.vision_start_token_id]
-                ids += [config.image_token_id] * processing.num_tokens(grids[0]) + [config.vision_end_token_id]
+                ids += [config.image_token_id] * processing.num_tokens(media[0].grid) + [config.vision_end_token_id]
             ids += random.integers(0, 100, 6).tolist()
             trained = np.zeros(len(ids), np.uint8)
             trained[-4:] = 1
-            writer.add(np.array(ids), trained, images=images, grids=grids, source_row=row + 1)
+            writer.add(np.array(ids), trained, media=media, source_row=row + 1)
         writer.finish(
             train=list(range(NUM_ROWS)),
             validation=[],
@@ -83,6 +84,7 @@ def write_dataset(folder: Path, config: Config) -> Path:
             vocab_size=config.text.vocab_size,
             tokenizer_digest="",
             image_token_id=config.image_token_id,
+            video_token_id=config.video_token_id,
             pad_token_id=0,
             image_processing=processing,
         )
@@ -347,9 +349,9 @@ def as_transformers(row: Row, dataset: TokenisedDataset, config: Config) -> dict
     ids = torch.from_numpy(row.input_ids.astype(np.int64))[None]
     labels = torch.full_like(ids, -100)
     labels[0, 1:] = torch.from_numpy(row.targets[:-1])
-    if not row.images:
+    if not row.media:
         return {"input_ids": ids, "labels": labels}
-    pixels = [dataset.meta.image_processing.load(path)[0] for path in row.images]
+    pixels = [dataset.meta.image_processing.load(image.paths[0])[0] for image in row.media]
     return {
         "input_ids": ids,
         "labels": labels,
@@ -421,5 +423,5 @@ class TestUnderTorchrun:
         result = bench.torchrun(spec, 2)
         assert result.returncode != 0
         (failed,) = bench.events("error")
-        assert failed["code"] == "unreadable_image"
+        assert failed["code"] == "unreadable_media"
         assert failed["message"].startswith(f"rank 1: row {row + 1}: image")

@@ -70,11 +70,12 @@ TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids with image placeholders, and the images' patches."""
+    """Token ids with placeholders, and the patches of images and videos (t above 1) in order of appearance."""
 
     input_ids: list[int]
     pixel_values_PD: Tensor
     grid_thw: tuple[tuple[int, int, int], ...]
+    seconds_per_grid: tuple[float, ...] = ()
 
 
 def tiny_config(*, tied: bool = False) -> dict[str, Any]:
@@ -131,19 +132,23 @@ def mm_state(config: Config, stage: Stage, hf_tensors: dict[str, Tensor]) -> dic
     return state
 
 
-def make_sample(text_and_images: Sequence[int | tuple[int, int]], *, seed: int = 0) -> Sample:
-    """A number stands for that many random text tokens, a pair for an image of that many (rows, columns) of patches."""
+def make_sample(parts: Sequence[int | tuple[int, ...]], *, seed: int = 0, seconds: float = 1.0) -> Sample:
+    """A number stands for that many random text tokens, a pair for an image of that many (rows, columns) of patches, a
+    triple for a video of that many (steps, rows, columns), `seconds` from step to step.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = []
     grids: list[tuple[int, int, int]] = []
-    for part in text_and_images:
+    for part in parts:
         if isinstance(part, int):
             ids += torch.randint(3, VISION_START, (part,), generator=generator).tolist()
         else:
-            ids += [VISION_START, *[IMAGE] * (part[0] * part[1] // 4), VISION_END]
-            grids.append((1, *part))
+            t, h, w = part if len(part) == 3 else (1, *part)
+            ids += [VISION_START, *[VIDEO if len(part) == 3 else IMAGE] * (t * h * w // 4), VISION_END]
+            grids.append((t, h, w))
     patches = sum(t * h * w for t, h, w in grids)
-    return Sample(ids, torch.randn(patches, 3 * 2 * 4 * 4, generator=generator), tuple(grids))
+    pixels = torch.randn(patches, 3 * 2 * 4 * 4, generator=generator)
+    return Sample(ids, pixels, tuple(grids), tuple(seconds * (t > 1) for t, _, _ in grids))
 
 
 def pack(samples: Sequence[Sample], config: Config) -> PackedBatch:
@@ -152,7 +157,9 @@ def pack(samples: Sequence[Sample], config: Config) -> PackedBatch:
         cu_seqlens.append(cu_seqlens[-1] + len(sample.input_ids))
     return PackedBatch(
         input_ids_T=torch.tensor([token for sample in samples for token in sample.input_ids]),
-        position_ids_3T=torch.cat([mrope_positions(s.input_ids, s.grid_thw, config) for s in samples], dim=1),
+        position_ids_3T=torch.cat(
+            [mrope_positions(s.input_ids, s.grid_thw, config, s.seconds_per_grid) for s in samples], dim=1
+        ),
         targets_T=torch.tensor([token for s in samples for token in [*s.input_ids[1:], -100]]),
         cu_seqlens=tuple(cu_seqlens),
         pixel_values_PD=torch.cat([sample.pixel_values_PD for sample in samples]),
@@ -165,8 +172,17 @@ def hf_inputs(sample: Sample) -> dict[str, Tensor]:
     """Keyword arguments of transformers' model for one sample."""
     ids = torch.tensor([sample.input_ids])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if sample.grid_thw:
-        inputs["pixel_values"] = sample.pixel_values_PD
-        inputs["image_grid_thw"] = torch.tensor(sample.grid_thw)
-        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+    pixels = sample.pixel_values_PD[: sum(t * h * w for t, h, w in sample.grid_thw)]
+    parts = pixels.split([t * h * w for t, h, w in sample.grid_thw]) if sample.grid_thw else ()
+    images = [part for part, grid in zip(parts, sample.grid_thw, strict=True) if grid[0] == 1]
+    videos = [part for part, grid in zip(parts, sample.grid_thw, strict=True) if grid[0] > 1]
+    if images:
+        inputs["pixel_values"] = torch.cat(images)
+        inputs["image_grid_thw"] = torch.tensor([grid for grid in sample.grid_thw if grid[0] == 1])
+    if videos:
+        inputs["pixel_values_videos"] = torch.cat(videos)
+        inputs["video_grid_thw"] = torch.tensor([grid for grid in sample.grid_thw if grid[0] > 1])
+        inputs["second_per_grid_ts"] = torch.tensor([second for second in sample.seconds_per_grid if second])
+    if images or videos:
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     return inputs

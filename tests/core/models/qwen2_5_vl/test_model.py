@@ -32,11 +32,14 @@ SAMPLES = {
     "one image": [make_sample([3, (8, 8), 5], seed=1)],
     "windows partly filled": [make_sample([2, (12, 22), 4], seed=2)],
     "several images": [make_sample([(4, 6), 2, (18, 10), (2, 2), 7], seed=3)],
+    "video": [make_sample([3, (3, 8, 22), 5], seed=8, seconds=0.5)],
+    "video and images": [make_sample([(4, 6), 2, (2, 10, 12), (3, 4, 18), 1, (8, 8), 7], seed=9)],
     "packed": [
         make_sample([3, (8, 8), 5], seed=4),
         make_sample([9], seed=5),
         make_sample([(10, 4), 3, (6, 18), 2], seed=6),
         make_sample([1, (8, 8), 5], seed=7),
+        make_sample([2, (2, 6, 10), 1, (4, 4), 3], seed=10, seconds=1.0),
     ],
 }
 PACKED = SAMPLES["packed"]
