@@ -38,11 +38,14 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="API keys (for administrators).", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
+nodes_app = typer.Typer()
+app.add_typer(nodes_app, name="nodes", rich_help_panel="Cluster")
 
 out = Console()
 err = Console(stderr=True)
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="A job, as `temper jobs` shows it.")]
+NodeName = Annotated[str, typer.Argument(metavar="NAME", help="A host, as `temper nodes` shows it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Kind = Annotated[
     str, typer.Option("--kind", "-k", help="hf_model, mm_checkpoint, hf_adapter, mm_adapter or dataset_source.")
@@ -191,12 +194,14 @@ def jobs(
     kind: Annotated[str | None, typer.Option(help="Only this kind.")] = None,
     state: Annotated[str | None, typer.Option(help="Only this state.")] = None,
     label: Annotated[str | None, typer.Option(help="Only with this label (name or name=value).")] = None,
+    user: Annotated[str | None, typer.Option(help="Only this user's (administrators see everybody's).")] = None,
+    name: Annotated[str | None, typer.Option(help="Only of this name.")] = None,
     limit: Annotated[int, typer.Option("-n", "--limit", min=1, help="How many at most.")] = 20,
     as_json: AsJson = False,
 ) -> None:
     """List jobs, newest first."""
     with _client(context) as client:
-        found = list(client.jobs(limit=limit, kind=kind, state=state, label=label))
+        found = list(client.jobs(limit=limit, kind=kind, state=state, label=label, owner=user, name=name))
     if as_json:
         _print_json([job.model_dump() for job in found])
     else:
@@ -354,11 +359,42 @@ def families(context: typer.Context) -> None:
         _print_json([family.model_dump() for family in client.families()])
 
 
-@app.command(rich_help_panel="Cluster")
-def nodes(context: typer.Context) -> None:
-    """Print the hosts and their devices."""
+@nodes_app.callback(invoke_without_command=True)
+def nodes(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the hosts with what is free there; drain, resume or forget one (for administrators)."""
+    if context.invoked_subcommand is not None:
+        return
     with _client(context) as client:
-        _print_json([node.model_dump() for node in client.nodes()])
+        found = client.nodes()
+    if as_json:
+        _print_json([node.model_dump() for node in found])
+    else:
+        out.print(terminal.nodes_table(found))
+
+
+@nodes_app.command("drain")
+def drain_node(context: typer.Context, name: NodeName) -> None:
+    """Take a host out of service: it gets no new jobs, running ones go on."""
+    with _client(context) as client:
+        node = client.drain_node(name).model_dump()
+    jobs = sorted({device["job_id"] for device in node["devices"] if device["in_use"]})
+    told = f"still running there: {', '.join(jobs)}" if jobs else "no job holds a device there"
+    out.print(f"{name} is drained; {told}", highlight=False, soft_wrap=True)
+
+
+@nodes_app.command("resume")
+def resume_node(context: typer.Context, name: NodeName) -> None:
+    """Put a drained host back into service."""
+    with _client(context) as client:
+        client.resume_node(name)
+    out.print(f"{name} takes jobs again", highlight=False)
+
+
+@nodes_app.command("forget")
+def forget_node(context: typer.Context, name: NodeName) -> None:
+    """Forget a host that is gone for good."""
+    with _client(context) as client:
+        client.forget_node(name)
 
 
 @app.command(rich_help_panel="Cluster")

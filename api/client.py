@@ -81,6 +81,7 @@ class Job(Resource):
     state: str
     name: str | None = None
     labels: dict[str, str] = {}
+    owner: str | None = None
     priority: int = 0
     reason: str | None = None
     spec: dict[str, Any] = {}
@@ -231,7 +232,7 @@ class Client:
         return self._get(Job, f"/v1/jobs/{job_id}")
 
     def jobs(self, *, limit: int | None = None, **filters: str | None) -> Iterator[Job]:
-        """Newest first, over all pages; filters: kind, state, label, created_after, created_before."""
+        """Newest first, over all pages; filters: kind, state, label, owner, name, created_after, created_before."""
         return self._pages(Job, "/v1/jobs", limit=limit, **filters)
 
     def cancel(self, job_id: str) -> Job:
@@ -411,6 +412,16 @@ class Client:
 
     def nodes(self) -> list[Resource]:
         return list(self._pages(Resource, "/v1/nodes"))
+
+    def drain_node(self, name: str) -> Resource:
+        """No new jobs there; running ones go on."""
+        return self._post(Resource, f"/v1/nodes/{quote(name, safe='')}/drain")
+
+    def resume_node(self, name: str) -> Resource:
+        return self._post(Resource, f"/v1/nodes/{quote(name, safe='')}/resume")
+
+    def forget_node(self, name: str) -> None:
+        self._request("DELETE", f"/v1/nodes/{quote(name, safe='')}")
 
     def queue(self) -> dict[str, Any]:
         return self._get(Resource, "/v1/queue").model_dump()

@@ -23,6 +23,8 @@ class JobFilter:
     kinds: Sequence[str] = ()
     states: Sequence[str] = ()
     labels: Sequence[str] = ()
+    owner: str | None = None
+    name: str | None = None
     created_after: datetime | None = None
     created_before: datetime | None = None
 
@@ -40,6 +42,10 @@ def find_jobs(
         query = query.where(Job.state.in_(wanted.states))
     for label in wanted.labels:
         query = query.where(_has_label(label))
+    if wanted.owner is not None:
+        query = query.where(Job.owner == wanted.owner)
+    if wanted.name is not None:
+        query = query.where(Job.name == wanted.name)
     if wanted.created_after is not None:
         query = query.where(Job.created_at > wanted.created_after)
     if wanted.created_before is not None:

@@ -336,6 +336,7 @@ class NodeOut(BaseModel):
     host_jobs: int = Field(description="Jobs without a device that run there at once.")
     healthy: bool
     alive: bool = Field(description="True when its worker was heard of lately.")
+    drained: bool = Field(description="True when an operator took it out of service: it gets no new jobs.")
     reason: str | None
     version: str
     last_seen_at: datetime
@@ -356,6 +357,7 @@ class NodeOut(BaseModel):
             host_jobs=row.host_jobs,
             healthy=row.healthy,
             alive=alive,
+            drained=row.drained,
             reason=row.reason,
             version=row.version,
             last_seen_at=row.last_seen_at,

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from api.client import Artifact, Client, Event, Job
+from api.client import Artifact, Client, Event, Job, Resource
 from api.transfer import OnBytes
 
 _COLOURS = {
@@ -66,11 +66,12 @@ def _parse_time(stamp: str) -> datetime:
 
 
 def jobs_table(jobs: Iterable[Job]) -> Table:
-    table = Table("id", "kind", "name", "state", "progress", "created", box=None, pad_edge=False)
+    table = Table("id", "kind", "name", "user", "state", "progress", "created", box=None, pad_edge=False)
     for job in jobs:
-        progress = progress_text(job)
-        cells = (job.id, job.kind, escape(job.name or ""), coloured_state(job.state), progress, age(job.created_at))
-        table.add_row(*cells)
+        table.add_row(
+            job.id, job.kind, escape(job.name or ""), escape(job.owner or ""), coloured_state(job.state),
+            progress_text(job), age(job.created_at),
+        )  # fmt: skip
     return table
 
 
@@ -111,6 +112,32 @@ def job_details(job: Job) -> Table:
 def _host_text(part: Mapping[str, Any]) -> str:
     devices = ", ".join(str(device) for device in part.get("devices") or ())
     return f"on {part.get('node')}" + (f", devices {devices}" if devices else "")
+
+
+def nodes_table(nodes: Iterable[Resource]) -> Table:
+    """One line per host; the last column says what is wrong with it."""
+    table = Table("name", "state", "devices", "free", "jobs", "version", "", box=None, pad_edge=False)
+    for node in nodes:
+        row = node.model_dump()
+        devices = row["devices"]
+        state = _node_state(row)
+        free = sum(device["healthy"] and not device["in_use"] for device in devices)
+        jobs = {device["job_id"] or "another user's" for device in devices if device["in_use"]}
+        colour = "green" if state == "ready" else "yellow" if state == "drained" else "red"
+        count = f"{len(devices)} {row['device_kind']}"
+        table.add_row(
+            escape(row["name"]), f"[{colour}]{state}[/]", count, str(free), ", ".join(sorted(jobs)), row["version"],
+            escape(row["reason"] or ""),
+        )  # fmt: skip
+    return table
+
+
+def _node_state(node: Mapping[str, Any]) -> str:
+    if not node["alive"]:
+        return f"silent for {age(node['last_seen_at'])}"
+    if not node["healthy"]:
+        return "unhealthy"
+    return "drained" if node["drained"] else "ready"
 
 
 def artifacts_table(artifacts: Iterable[Artifact]) -> Table:

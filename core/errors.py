@@ -14,7 +14,8 @@ AppError
 ├── Forbidden              403
 ├── NotFound               404
 ├── Conflict               409
-│   └── InvalidTransition  409  the job's state does not allow it
+│   ├── InvalidTransition  409  the job's state does not allow it
+│   └── OverLimit          409  more than one user may have at once
 ├── TooLarge               413
 ├── OffsetMismatch         409  an upload chunk that does not start where the upload ends
 ├── RangeNotSatisfiable    416
@@ -123,6 +124,12 @@ class InvalidTransition(Conflict):
     """The job's state does not allow the change."""
 
     code = "invalid_transition"
+
+
+class OverLimit(Conflict):
+    """The user has as many unfinished jobs as one user may."""
+
+    code = "over_limit"
 
 
 class OffsetMismatch(Conflict):

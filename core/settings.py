@@ -46,6 +46,10 @@ class Settings(BaseSettings):
     host_jobs: int = Field(
         2, ge=1, le=256, description="Jobs without a device (conversion, dataset) that run here at once."
     )
+    max_user_jobs: int | None = Field(None, ge=1, description="Most unfinished jobs of one user; no limit if absent.")
+    max_user_devices: int | None = Field(
+        None, ge=1, description="Most devices that one user's jobs hold at once, others wait; no limit if absent."
+    )
 
     heartbeat_s: float = Field(
         2.0, gt=0, description="Seconds between lease renewals and between looks at the cancel flag."

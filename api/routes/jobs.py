@@ -71,13 +71,15 @@ def list_jobs(
     label: Annotated[
         list[Label] | None, Query(description="`key=value`, or `key`; may be given again, all must hold.")
     ] = None,
+    owner: Annotated[str | None, Query(max_length=200, description="Of this user; admins see everybody's.")] = None,
+    name: Annotated[str | None, Query(max_length=200, description="Of this name.")] = None,
     created_after: Annotated[AwareDatetime | None, Query(description="RFC 3339, with a zone.")] = None,
     created_before: Annotated[AwareDatetime | None, Query(description="RFC 3339, with a zone.")] = None,
     after: After = None,
     limit: Limit = 50,
 ) -> dict[str, Any]:
     """Your jobs (an admin's: all), newest first."""
-    wanted = queries.JobFilter(kind or (), state or (), label or (), created_after, created_before)
+    wanted = queries.JobFilter(kind or (), state or (), label or (), owner, name, created_after, created_before)
     with database.read() as session:
         found = queries.find_jobs(session, principal, wanted, after=after, limit=limit)
         return page(queries.jobs_out(session, found), limit, lambda job: job.id)

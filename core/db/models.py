@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary, String, Text, UniqueConstraint
+from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary, String, Text, UniqueConstraint, false
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.db.base import Base
@@ -174,7 +174,7 @@ class Upload(Base):
 
 
 class Node(Base):
-    """A host with its devices, as its worker last reported them."""
+    """A host with its devices, as its worker last reported them; `drained` is the operator's wish: no new jobs there."""
 
     __tablename__ = "nodes"
     name: Mapped[str] = mapped_column(NAME, primary_key=True)
@@ -185,6 +185,7 @@ class Node(Base):
     host_jobs: Mapped[int]
     healthy: Mapped[bool]
     reason: Mapped[str | None] = mapped_column(Text)
+    drained: Mapped[bool] = mapped_column(default=False, server_default=false())
     version: Mapped[str] = mapped_column(String(40))
     last_seen_at: Mapped[datetime]
 

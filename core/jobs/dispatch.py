@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import structlog
@@ -23,7 +24,7 @@ from core.errors import InvalidTransition
 from core.ids import new_id
 from core.jobs import queue, repository
 from core.jobs.lifecycle import JobState, transition
-from core.scheduler.placement import FreeNode, Need, Refusal, Share, choose
+from core.scheduler.placement import FreeNode, Need, Refusal, Share, choose, offers_devices
 from core.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -131,7 +132,9 @@ def place(database: Database, settings: Settings, now: datetime) -> None:
         if starving is not None and job.devices_per_node > 0:
             _explain(database, job, f"devices are being kept for job {starving.id}, which has waited longer")
             continue
-        match choose(need_of_row(job), free):
+        match _beyond_limit(database, settings, job) or choose(need_of_row(job), free):
+            case UserLimit(reason):
+                _explain(database, job, reason)
             case Refusal(reason):
                 _explain(database, job, reason)
                 if job.devices_per_node > 0 and job.queued_at is not None and now - job.queued_at > patience:
@@ -140,6 +143,30 @@ def place(database: Database, settings: Settings, now: datetime) -> None:
                 _place(database, job.id, settings, now)
                 with database.read() as session:
                     free = free_nodes(session, settings, now)
+
+
+@dataclass(frozen=True)
+class UserLimit:
+    """The job's owner holds as many devices as one user may: it waits for that user's own jobs, and nothing is kept for it."""
+
+    reason: str
+
+
+def _beyond_limit(database: Database, settings: Settings, job: Job) -> UserLimit | None:
+    most, wanted = settings.max_user_devices, job.num_nodes * job.devices_per_node
+    if most is None or wanted == 0:
+        return None
+    with database.read() as session:
+        held = session.scalars(
+            select(Lease.devices)
+            .join(Attempt, Attempt.id == Lease.attempt_id)
+            .join(Job, Job.id == Attempt.job_id)
+            .where(Lease.state != "released", Job.owner == job.owner)
+        ).all()
+    used = sum(map(len, held))
+    if used + wanted <= most:
+        return None
+    return UserLimit(f"needs {wanted} device(s); {job.owner} holds {used} of at most {most} (TEMPER_MAX_USER_DEVICES)")
 
 
 def need_of_row(job: Job) -> Need:
@@ -204,6 +231,7 @@ def free_nodes(session: Session, settings: Settings, now: datetime) -> list[Free
     """Live, healthy hosts with their free devices and slots."""
     seen_after = now - timedelta(seconds=settings.node_ttl_s)
     nodes = session.scalars(select(Node).where(Node.healthy, Node.last_seen_at > seen_after).order_by(Node.name)).all()
+    kinds = set(session.scalars(select(Node.device_kind)))
     used: dict[str, set[int]] = {node.name: set() for node in nodes}
     hosted = dict.fromkeys(used, 0)
     for lease in session.scalars(select(Lease).where(Lease.state != "released", Lease.node.in_(used))):
@@ -213,9 +241,12 @@ def free_nodes(session: Session, settings: Settings, now: datetime) -> list[Free
         FreeNode(
             name=node.name,
             devices=tuple(
-                device["id"] for device in node.devices if device["healthy"] and device["id"] not in used[node.name]
+                device["id"]
+                for device in node.devices
+                if device["healthy"] and device["id"] not in used[node.name] and offers_devices(node.device_kind, kinds)
             ),
             host_slots=node.host_jobs - hosted[node.name],
+            drained=node.drained,
         )
         for node in nodes
     ]

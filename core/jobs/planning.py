@@ -27,7 +27,7 @@ from core.models.memory import LayerRecompute, Workload, activation_bytes, in_fl
 from core.models.plan import Stage, stages
 from core.models.qwen2_5_vl.family import Config
 from core.models.registry import detect, get_family
-from core.scheduler.placement import Need
+from core.scheduler.placement import Need, offers_devices
 from core.settings import Settings
 from core.specs import ConversionSpec, DatasetSpec, EvaluationSpec, JobSpec, TrainingSpec, parse_stored_spec
 from core.specs.base import ArtifactRef, JobInputs
@@ -244,8 +244,14 @@ class Planner:
                 return Subject("report", {}, job=job)
 
     def _check_capacity(self, plan: Plan) -> None:
-        nodes = self.session.scalars(select(Node)).all()
-        need = plan.resources
+        need, most = plan.resources, self.settings.max_user_devices
+        if most is not None and need.nodes * need.devices_per_node > most:
+            raise IncompatiblePlan(
+                f"needs {need.nodes * need.devices_per_node} devices; one user may hold {most} at once",
+                hint="ask for fewer devices; an operator sets the limit (TEMPER_MAX_USER_DEVICES)",
+                code="over_limit",
+            )
+        nodes = self._device_hosts() if need.devices_per_node else self.session.scalars(select(Node)).all()
         if not nodes:
             plan.warnings.append("no worker has registered yet; the job waits for one")
             return
@@ -257,6 +263,15 @@ class Planner:
                 hint=f"ask for at most {max(len(node.devices) for node in nodes)} device(s) per host and {len(nodes)} host(s)",
                 code="not_enough_devices",
             )
+
+        if len(fitting) - len(drained := [node.name for node in fitting if node.drained]) < need.nodes:
+            plan.warnings.append(f"the job waits until enough hosts are in service; drained: {', '.join(drained)}")
+
+    def _device_hosts(self) -> Sequence[Node]:
+        """The hosts that jobs with devices may run on."""
+        nodes = self.session.scalars(select(Node).order_by(Node.name)).all()
+        kinds = {node.device_kind for node in nodes}
+        return [node for node in nodes if offers_devices(node.device_kind, kinds)]
 
     def _conversion(self, spec: ConversionSpec, subjects: Mapping[str, Subject], plan: Plan) -> None:
         source = subjects["source"]
@@ -341,7 +356,7 @@ class Planner:
 
     def _memory(self, spec: TrainingSpec, config: Config, plan: Plan) -> None:
         """Predict each rank's peak, and say what would fit if it does not."""
-        nodes = [node for node in self.session.scalars(select(Node)).all() if node.devices]
+        nodes = [node for node in self._device_hosts() if node.devices]
         known = [size for node in nodes for device in node.devices if (size := device.get("memory_bytes"))]
         plan.device_memory_bytes = min(known, default=ASSUMED_DEVICE_BYTES)
         fused = not nodes or any(node.device_kind != "cpu" for node in nodes)
@@ -349,12 +364,14 @@ class Planner:
             plan.warnings.append("no device tells its memory; fits is against an assumed 64 GiB")
         plan.memory_per_rank = memory_per_rank(spec, config, plan.device_memory_bytes, fused=fused)
         if not all(rank.fits for rank in plan.memory_per_rank):
-            plan.suggestions = suggestions(spec, config, plan.device_memory_bytes, fused=fused)
+            plan.suggestions = suggestions(
+                spec, config, plan.device_memory_bytes, hosts=[len(node.devices) for node in nodes], fused=fused
+            )
             worst = max(plan.memory_per_rank, key=lambda rank: rank.total_bytes)
             plan.warnings.append(
                 f"pipeline rank {worst.pipeline_rank} needs about {worst.total_bytes / GIB:.1f} GiB, a device has "
                 f"{plan.device_memory_bytes / GIB:.1f} GiB: "
-                + ("; or ".join(plan.suggestions) or "nothing simple makes it fit")
+                + ("; or ".join(plan.suggestions) or "no simple change makes it fit on the devices that there are")
             )
 
     def _evaluation(self, spec: EvaluationSpec, subjects: Mapping[str, Subject]) -> None:
@@ -422,8 +439,13 @@ def memory_per_rank(spec: TrainingSpec, config: Config, device_bytes: int, *, fu
     ]
 
 
-def suggestions(spec: TrainingSpec, config: Config, device_bytes: int, *, fused: bool = True) -> list[str]:
-    """Changes of recompute, pp and tp, the cheapest first, with which every rank fits; at most three."""
+def suggestions(
+    spec: TrainingSpec, config: Config, device_bytes: int, *, hosts: Sequence[int] = (), fused: bool = True
+) -> list[str]:
+    """Changes of recompute, pp and tp, the cheapest first, with which every rank fits; at most three.
+
+    `hosts`: the devices of each host; what they cannot run is not suggested. Empty = not known, any number of hosts with 8.
+    """
     found: list[str] = []
     full = RecomputeSpec(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     both = RecomputeSpecs(vision_encoder=full, text_decoder=full)
@@ -457,8 +479,12 @@ def suggestions(spec: TrainingSpec, config: Config, device_bytes: int, *, fused:
                 continue
             parallel = {**present.model_dump(), **change}
             processes = parallel["tp_size"] * len(parallel["llm_pp_layers"][0])
-            parallel |= {"nproc_per_node": max(present.nproc_per_node, min(processes, 8)),
-                         "nnodes": max(present.nnodes, -(-processes // 8))}  # fmt: skip
+            per_host = max(present.nproc_per_node, min(processes, max(hosts, default=8)))
+            wanted = {"nnodes": max(present.nnodes, -(-processes // per_host)), "nproc_per_node": per_host}
+            if hosts and sum(devices >= per_host for devices in hosts) < wanted["nnodes"]:
+                continue
+            parallel |= wanted
+            added = "".join(f"{key} {value}, " for key, value in wanted.items() if value != getattr(present, key))
             try:
                 changed = spec.model_copy(
                     update={"parallel": TrainingParallelSpec.model_validate(parallel), "recompute": recompute}
@@ -467,7 +493,7 @@ def suggestions(spec: TrainingSpec, config: Config, device_bytes: int, *, fused:
             except (AppError, ValueError):
                 continue  # this model or these hosts do not divide so
             if all(rank.fits for rank in ranks):
-                found.append(" with ".join(part for part in (told, name) if part))
+                found.append(" with ".join(part for part in (added + told, name) if part))
                 break
         if len(found) == 3:
             break

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from core.clock import utcnow
 from core.db.models import Artifact, Job, JobInput
-from core.errors import Conflict, NotFound
+from core.errors import Conflict, NotFound, OverLimit
 from core.ids import new_id
 from core.jobs.inspection import inspect_folder
 from core.jobs.lifecycle import FINISHED, JobState, append_events, transition
@@ -32,6 +32,7 @@ def plan(session: Session, *, settings: Settings, store: Store, principal: Princ
 def submit(session: Session, *, settings: Settings, store: Store, principal: Principal, request: JobRequest) -> Job:
     """Check the job and put it in line."""
     plan(session, settings=settings, store=store, principal=principal, request=request)
+    _check_limit(session, settings, principal)
     need, now = need_of(request.spec), utcnow()
     job = Job(
         id=new_id("job"),
@@ -71,6 +72,19 @@ def submit(session: Session, *, settings: Settings, store: Store, principal: Pri
     )
     session.refresh(job)
     return job
+
+
+def _check_limit(session: Session, settings: Settings, principal: Principal) -> None:
+    if settings.max_user_jobs is None:
+        return
+    count = session.scalar(
+        select(func.count()).select_from(Job).where(Job.owner == principal.user, Job.state.in_(_LIVE))
+    )
+    if (count or 0) >= settings.max_user_jobs:
+        raise OverLimit(
+            f"{principal.user} has {count} unfinished jobs, the most that one user may have",
+            hint="wait for some to finish, or cancel some; an operator sets the limit (TEMPER_MAX_USER_JOBS)",
+        )
 
 
 def cancel(session: Session, job: Job) -> Job:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 
@@ -21,6 +21,8 @@ class FreeNode:
     name: str
     devices: tuple[int, ...]
     host_slots: int
+    drained: bool = False
+    """Gets nothing new."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,28 @@ class Refusal:
     reason: str
 
 
+def offers_devices(device_kind: str, kinds: Collection[str]) -> bool:
+    """Whether a host of that kind runs jobs with devices in a cluster of those kinds.
+
+    Beside accelerators a CPU host is for conversions and data sets: a training must not end up there.
+    """
+    return device_kind != "cpu" or set(kinds) <= {"cpu"}
+
+
 def choose(need: Need, free: Sequence[FreeNode]) -> tuple[Share, ...] | Refusal:
     """All hosts of a job or none.
 
     Among the hosts that fit, those with the fewest free devices come first, so that large gaps stay for large jobs. The
     lowest device ids are taken, which on Ascend hosts keeps a small job inside one HCCS ring.
     """
+    takers = [node for node in free if not node.drained]
     if need.devices_per_node == 0:
-        fitting = sorted((node for node in free if node.host_slots > 0), key=lambda node: (-node.host_slots, node.name))
+        fitting = sorted(
+            (node for node in takers if node.host_slots > 0), key=lambda node: (-node.host_slots, node.name)
+        )
     else:
         fitting = sorted(
-            (node for node in free if len(node.devices) >= need.devices_per_node),
+            (node for node in takers if len(node.devices) >= need.devices_per_node),
             key=lambda node: (len(node.devices), node.name),
         )
     if len(fitting) < need.num_nodes:
@@ -61,7 +74,9 @@ def choose(need: Need, free: Sequence[FreeNode]) -> tuple[Share, ...] | Refusal:
 def _explain(need: Need, free: Sequence[FreeNode], fitting: int) -> str:
     if not free:
         return "no healthy host is connected"
+    if all(node.drained for node in free):
+        return f"every healthy host is drained ({', '.join(node.name for node in free)})"
     if need.devices_per_node == 0:
         return "all hosts run as many device-less jobs as they may (TEMPER_HOST_JOBS)"
-    state = ", ".join(f"{node.name}: {len(node.devices)} free" for node in free)
+    state = ", ".join(f"{node.name}: {'drained' if node.drained else f'{len(node.devices)} free'}" for node in free)
     return f"needs {need.num_nodes} host(s) with {need.devices_per_node} free device(s); {fitting} fit(s) now ({state})"

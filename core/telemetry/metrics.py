@@ -70,6 +70,9 @@ def _device_metrics(session: Session, *, seen_after: datetime) -> Iterator[Metri
     up = GaugeMetricFamily(
         "temper_node_up", "1 when the host's worker was heard of lately and calls itself healthy.", labels=["node"]
     )
+    drained = GaugeMetricFamily(
+        "temper_node_drained", "1 when an operator took the host out of service.", labels=["node"]
+    )
     total = GaugeMetricFamily("temper_devices", "Devices of a host.", labels=["node", "kind"])
     used = GaugeMetricFamily("temper_devices_in_use", "Devices that jobs hold.", labels=["node", "kind"])
     held: dict[str, int] = {}
@@ -77,9 +80,10 @@ def _device_metrics(session: Session, *, seen_after: datetime) -> Iterator[Metri
         held[node] = held.get(node, 0) + len(devices)
     for node in session.scalars(select(Node).order_by(Node.name)):
         up.add_metric([node.name], node.healthy and node.last_seen_at > seen_after)
+        drained.add_metric([node.name], node.drained)
         total.add_metric([node.name, node.device_kind], len(node.devices))
         used.add_metric([node.name, node.device_kind], held.get(node.name, 0))
-    yield from (up, total, used)
+    yield from (up, drained, total, used)
 
 
 def _running_metrics(session: Session) -> Iterator[Metric]:

@@ -14,7 +14,14 @@ from core.settings import Settings
 from tests.api.answering import Handler, Server, in_turn, running, says
 from tests.services import REPOSITORY
 
-JOB = {"id": "job_1", "kind": "training", "name": "first", "state": "running", "created_at": "2026-01-01T00:00:00Z"}
+JOB = {
+    "id": "job_1",
+    "kind": "training",
+    "name": "first",
+    "owner": "ada",
+    "state": "running",
+    "created_at": "2026-01-01T00:00:00Z",
+}
 STEP = {"step": 7, "values": {"loss": 1.5, "tokens_per_second": 1234.5}}
 
 
@@ -103,10 +110,11 @@ class TestConnection:
 class TestOutput:
     def test_jobs_are_a_table_or_json(self, server: Server) -> None:
         server.answers["GET /v1/jobs"] = says(200, {"data": [JOB], "has_more": False, "next": None})
-        assert temper("jobs", url=server.url).stdout.splitlines()[1].split()[:4] == [
+        assert temper("jobs", url=server.url).stdout.splitlines()[1].split()[:5] == [
             "job_1",
             "training",
             "first",
+            "ada",
             "running",
         ]
         assert json.loads(temper("jobs", "--json", url=server.url).stdout)[0]["id"] == "job_1"
@@ -122,6 +130,20 @@ class TestOutput:
             capture_output=True, check=True, timeout=120, cwd=REPOSITORY,
         )  # fmt: skip
         assert result.stdout == b"\xff line\n"
+
+    def test_hosts_are_a_table_with_what_is_free_and_drained_by_name(self, server: Server) -> None:
+        devices = [{"id": number, "healthy": True, "in_use": number < 2, "job_id": "job_1"} for number in range(8)]
+        node = {
+            "name": "ascend 1", "device_kind": "npu", "devices": devices, "healthy": True, "alive": True, "drained": True,
+            "reason": None, "version": "1", "last_seen_at": "2026-01-01T00:00:00Z",
+        }  # fmt: skip
+        server.answers["GET /v1/nodes"] = says(200, {"data": [node], "has_more": False, "next": None})
+        server.answers["POST /v1/nodes/ascend%201/drain"] = says(200, node)
+        assert temper("nodes", url=server.url).stdout.splitlines()[1].split() == [
+            "ascend", "1", "drained", "8", "npu", "6", "job_1", "1",
+        ]  # fmt: skip
+        told = temper("nodes", "drain", "ascend 1", url=server.url).stdout
+        assert told == "ascend 1 is drained; still running there: job_1\n"
 
     def test_metrics_are_summed_up(self, server: Server) -> None:
         server.answers["GET /v1/jobs/job_1/metrics"] = says(200, {"series": {"loss": [[1, 0.0, 2.0], [2, 1.0, 0.5]]}})

@@ -29,6 +29,31 @@ class TestNodes:
             assert node["devices"][1]["job_id"] == holder
 
 
+class TestMaintenance:
+    def test_a_drained_host_says_so_and_comes_back(self, api: Api) -> None:
+        for _ in range(2):  # the second time changes nothing
+            assert api.post("/v1/nodes/node-a/drain", by="admin").json()["drained"] is True
+        plan = api.post("/v1/jobs/plan", api.conversion()).json()
+        assert plan["warnings"] == ["the job waits until enough hosts are in service; drained: node-a"]
+        assert 'temper_node_drained{node="node-a"} 1.0' in api.get("/metrics", by=None).text
+        assert api.get("/readyz", by=None).status_code == 200  # the service is well, and can be told to go on
+        assert api.post("/v1/nodes/node-a/resume", by="admin").json()["drained"] is False
+
+    def test_is_for_admins_and_for_hosts_that_there_are(self, api: Api) -> None:
+        for action in ("drain", "resume"):
+            problem(api.post(f"/v1/nodes/node-a/{action}"), 403, "forbidden")
+            assert "node-a" in problem(api.post(f"/v1/nodes/node-z/{action}", by="admin"), 404, "not_found")["detail"]
+        problem(api.call("DELETE", "/v1/nodes/node-a"), 403, "forbidden")
+        problem(api.call("DELETE", "/v1/nodes/node-z", by="admin"), 404, "not_found")
+
+    def test_only_a_host_that_is_gone_can_be_forgotten(self, api: Api) -> None:
+        problem(api.call("DELETE", "/v1/nodes/node-a", by="admin"), 409, "conflict")
+        with api.database.write() as session:
+            session.get_one(Node, "node-a").last_seen_at = datetime.now(timezone.utc) - timedelta(minutes=5)
+        assert api.call("DELETE", "/v1/nodes/node-a", by="admin").status_code == 204
+        assert api.get("/v1/nodes").json()["data"] == []
+
+
 class TestQueue:
     def test_anonymous(self, api: Api) -> None:
         problem(api.get("/v1/queue", by=None), 401, "unauthenticated")

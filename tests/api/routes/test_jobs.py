@@ -7,7 +7,7 @@ from core.db.models import Artifact, Attempt, Event, IdempotencyKey, Job, Lease
 from core.jobs.lifecycle import JobState, transition
 from tests.api.conftest import Api
 from tests.api.problems import problem
-from tests.factories import add_artifact
+from tests.factories import add_artifact, hf_7b
 
 
 def count(api: Api, model: type[Any]) -> int:
@@ -52,6 +52,26 @@ class TestSubmit:
         assert problem(api.post("/v1/jobs", body), 422, "invalid_spec")["hint"].startswith(
             "did you mean operation? known"
         )
+
+    def test_a_user_has_at_most_so_many_unfinished_jobs(self, api: Api) -> None:
+        api.client.app.state.settings = api.settings.model_copy(update={"max_user_jobs": 2})  # type: ignore[attr-defined]
+        first, _ = api.submit(), api.submit()
+        refused = problem(api.post("/v1/jobs", api.conversion()), 409, "over_limit")
+        assert "alice has 2 unfinished jobs" in refused["detail"]
+        api.submit(by="admin")
+        fail(api, first)
+        api.submit()
+
+    def test_a_job_beyond_what_one_user_may_hold_is_refused(self, api: Api) -> None:
+        api.client.app.state.settings = api.settings.model_copy(update={"max_user_devices": 1})  # type: ignore[attr-defined]
+        with api.database.write() as session:
+            data, model = add_artifact(session, "dataset"), hf_7b(session)
+        spec = {
+            "model": {"artifact": model.id}, "dataset": {"artifact": data.id}, "train_iters": 1, "global_batch_size": 2,
+            "parallel": {"nproc_per_node": 2, "llm_pp_layers": [[28]], "vit_pp_layers": [[32]]},
+        }  # fmt: skip
+        refused = problem(api.post("/v1/jobs", {"kind": "training", "spec": spec}), 422, "over_limit")
+        assert refused["detail"] == "needs 2 devices; one user may hold 1 at once"
 
     def test_answers_with_the_job(self, api: Api) -> None:
         body = api.conversion(name="split it", labels={"team": "vision"}, priority=3)
@@ -165,12 +185,15 @@ class TestList:
             ({"label": "team"}, 2),
             ({"label": ["team", "a.b/c=x=y"]}, 1),
             ({"label": "team=vis"}, 0),
+            ({"owner": "alice"}, 2),
+            ({"owner": "bob"}, 0),
+            ({"name": "mine"}, 1),
             ({"created_after": "2020-01-01T00:00:00Z"}, 2),
             ({"created_before": "2020-01-01T00:00:00+02:00"}, 0),
         ],
     )
     def test_filters(self, api: Api, query: dict[str, Any], found: int) -> None:
-        api.submit(labels={"team": "vision"})
+        api.submit(labels={"team": "vision"}, name="mine")
         fail(api, api.submit(labels={"team": "speech", "a.b/c": "x=y"}))
         answer = api.get("/v1/jobs", params=query)
         assert answer.status_code == 200, answer.text

@@ -6,7 +6,7 @@ from sqlalchemy import inspect
 
 from core.db.base import Base
 from core.db.migrate import upgrade
-from core.db.models import Mutex
+from core.db.models import Mutex, Node
 from core.db.session import Database
 
 
@@ -19,6 +19,18 @@ class TestUpgrade:
     def test_the_schedulers_mutex_is_there(self, database: Database) -> None:
         with database.read() as session:
             assert session.get_one(Mutex, "scheduler").holder == ""
+
+    def test_hosts_of_the_first_schema_take_work_after_an_upgrade(self, database_url: str) -> None:
+        opened = Database(database_url)
+        upgrade(opened, "0001")
+        columns = "name, id, address, device_kind, devices, host_jobs, healthy, version, last_seen_at"
+        values = "'node-a', 'node_1', '127.0.0.1', 'cpu', '[]', 2, true, '0', '2026-01-01 00:00:00'"
+        with opened.engine.begin() as connection:
+            connection.exec_driver_sql(f"INSERT INTO nodes ({columns}) VALUES ({values})")
+        upgrade(opened)
+        with opened.read() as session:
+            assert session.get_one(Node, "node-a").drained is False
+        opened.dispose()
 
     def test_many_at_once_wait_for_one_another(self, database_url: str) -> None:
         def migrate(_: int) -> None:

@@ -9,7 +9,7 @@ from core.db.session import Database
 from core.jobs import dispatch, repository
 from core.jobs.lifecycle import JobState, transition
 from core.settings import Settings
-from tests.factories import add_artifact, add_node, hf_7b, submit
+from tests.factories import BOB, add_artifact, add_node, hf_7b, submit
 
 PARALLEL = {"nproc_per_node": 2, "llm_pp_layers": [[28]], "vit_pp_layers": [[32]]}
 
@@ -18,8 +18,8 @@ def submit_training(database: Database, settings: Settings, **more: object) -> s
     with database.write() as session:
         parallel = {**PARALLEL, **more.pop("parallel", {})}  # type: ignore[dict-item]  # a test's own keyword
         spec = {
-            "model": {"artifact": hf_7b(session).id},
-            "dataset": {"artifact": add_artifact(session, "dataset").id},
+            "model": {"artifact": hf_7b(session, shared=True).id},
+            "dataset": {"artifact": add_artifact(session, "dataset", shared=True).id},
             "parallel": parallel,
             "train_iters": 1,
             "global_batch_size": 8,
@@ -106,6 +106,60 @@ class TestPlace:
             session.execute(update(Node).where(Node.name == "broken").values(healthy=False))
         dispatch.tick(database, settings)
         assert state_of(database, job_id) == "queued"
+
+    def test_a_drained_host_gets_nothing_new_and_keeps_what_it_has(
+        self, database: Database, settings: Settings
+    ) -> None:
+        add_node(database, settings, devices=4)
+        first, second = (submit_training(database, settings) for _ in range(2))
+        self.drain(database, first, settings)
+        assert [state_of(database, first), state_of(database, second)] == ["starting", "queued"]
+        with database.read() as session:
+            assert "drained" in (session.get_one(Job, second).reason or "")
+        add_node(database, settings, devices=4)  # its worker reports again, and changes nothing of that
+        dispatch.tick(database, settings)
+        assert state_of(database, second) == "queued"
+        with database.write() as session:
+            session.execute(update(Node).values(drained=False))
+        dispatch.tick(database, settings)
+        assert state_of(database, second) == "starting"
+
+    def drain(self, database: Database, job_id: str, settings: Settings) -> None:
+        """Have the job placed alone, then drain every host."""
+        with database.write() as session:
+            session.execute(update(Job).where(Job.id != job_id).values(state="waiting"))
+        dispatch.place(database, settings, utcnow())
+        with database.write() as session:
+            session.execute(update(Node).values(drained=True))
+            session.execute(update(Job).where(Job.id != job_id).values(state="queued"))
+        dispatch.tick(database, settings)
+
+    def test_a_user_holds_at_most_so_many_devices_and_holds_up_nobody(
+        self, database: Database, settings: Settings
+    ) -> None:
+        limited = settings.model_copy(update={"max_user_devices": 3, "reserve_after_s": 0})
+        add_node(database, settings, devices=8)
+        first, second = (submit_training(database, settings) for _ in range(2))
+        other = submit_training(database, settings, principal=BOB)
+        dispatch.tick(database, limited)
+        assert [state_of(database, job) for job in (first, second, other)] == ["starting", "queued", "starting"]
+        with database.read() as session:
+            assert "alice holds 2 of at most 3" in (session.get_one(Job, second).reason or "")
+        with database.write() as session:
+            session.execute(update(Lease).values(state="released"))
+        dispatch.tick(database, limited)
+        assert state_of(database, second) == "starting"
+
+    def test_no_training_lands_on_the_cpu_host_beside_accelerators(
+        self, database: Database, settings: Settings
+    ) -> None:
+        add_node(database, settings, "small", devices=2)
+        add_node(database, settings, "npus", devices=8)
+        with database.write() as session:
+            session.execute(update(Node).where(Node.name == "npus").values(device_kind="npu"))
+        job_id = submit_training(database, settings)
+        dispatch.tick(database, settings)
+        assert [lease.node for lease in leases_of(database, job_id)] == ["npus"]
 
 
 class TestReap:

@@ -28,5 +28,16 @@ class TestMemory:
         assert 1 <= len(found) <= 3
         assert found[0] == "full recompute of both towers"
 
+    def test_only_what_the_hosts_can_run_is_suggested(self) -> None:
+        spec = spec_of()
+        full, two, two_by_four = (
+            suggestions(spec, CONFIG, 6 * memory_per_rank(spec, CONFIG, 1)[0].total_bytes // 10, hosts=hosts)
+            for hosts in ([1], [2], [2, 2])
+        )
+        assert all("pp_layers" not in text for text in full)
+        assert any("nproc_per_node 2, " in text for text in two)
+        assert all("nnodes" not in text for text in two)
+        assert len(two_by_four) >= len(two)
+
     def test_nothing_is_suggested_where_nothing_helps(self) -> None:
         assert suggestions(spec_of(), CONFIG, 1) == []

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.scheduler.placement import FreeNode, Need, Refusal, choose
+from core.scheduler.placement import FreeNode, Need, Refusal, choose, offers_devices
 
 NODES = st.lists(
     st.builds(
@@ -9,6 +9,7 @@ NODES = st.lists(
         name=st.text("abc", min_size=1, max_size=4),
         devices=st.sets(st.integers(0, 15), max_size=8).map(lambda ids: tuple(sorted(ids))),
         host_slots=st.integers(0, 3),
+        drained=st.booleans(),
     ),
     max_size=6,
     unique_by=lambda node: node.name,
@@ -21,7 +22,11 @@ class TestChoose:
         self, free: list[FreeNode], nodes: int, devices: int
     ) -> None:
         chosen = choose(Need(nodes, devices), free)
-        fits = [node for node in free if (len(node.devices) >= devices if devices else node.host_slots > 0)]
+        fits = [
+            node
+            for node in free
+            if not node.drained and (len(node.devices) >= devices if devices else node.host_slots > 0)
+        ]
         if len(fits) < nodes:
             assert isinstance(chosen, Refusal)
             return
@@ -37,6 +42,19 @@ class TestChoose:
         (share,) = choose(Need(1, 2), free)  # type: ignore[misc]  # a Refusal would fail the unpacking
         assert (share.node, share.devices) == ("small", (3, 5))
 
+    def test_a_refusal_names_drained_hosts(self) -> None:
+        drained = FreeNode("a", (0, 1), 1, drained=True)
+        assert choose(Need(1, 0), [drained]) == Refusal("every healthy host is drained (a)")
+        refusal = choose(Need(1, 2), [drained, FreeNode("b", (), 1)])
+        assert refusal == Refusal("needs 1 host(s) with 2 free device(s); 0 fit(s) now (a: drained, b: 0 free)")
+
     def test_a_refusal_says_what_is_free(self) -> None:
         refusal = choose(Need(2, 4), [FreeNode("a", (0, 1), 1)])
         assert refusal == Refusal("needs 2 host(s) with 4 free device(s); 0 fit(s) now (a: 2 free)")
+
+
+class TestOffersDevices:
+    def test_cpu_hosts_train_only_where_there_is_nothing_better(self) -> None:
+        assert offers_devices("cpu", {"cpu"})
+        assert not offers_devices("cpu", {"cpu", "npu"})
+        assert offers_devices("npu", {"cpu", "npu"})
