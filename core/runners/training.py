@@ -12,7 +12,8 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from core.conversion.load import load_stage, load_stage_from_hf
-from core.conversion.mm import rank_dir, write_rank_file
+from core.conversion.mm import rank_dir
 from core.data.dataset import TokenisedDataset
 from core.device import Accelerator, get_accelerator
 from core.errors import AppError, IncompatiblePlan, InvalidModel, UnsupportedOption
@@ -41,7 +42,7 @@ from core.training.feeding import build_loader, check_dataset, largest_batch
 from core.training.freeze import ParameterRow, freeze, summary
 from core.training.heartbeat import Heartbeat, end_process
 from core.training.optimizer import Optimizer
-from core.training.resume import load_weights, newest_inside, restore, resumed_facts
+from core.training.resume import Origin, load_weights
 from core.training.together import Together
 from core.training.trainer import Outcome, Trainer
 from core.training.wiring import Head, build_pipeline, join, shard_chunks
@@ -80,17 +81,15 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
         ctx.job_dir / "checkpoints",
         mesh,
         rank_folder=Path(rank_dir("release", mesh.tp_rank, mesh.pp_rank, mesh.pp_size)).name,
-        write_weights=write_rank_file,
         keep_last=spec.checkpoint.keep_last,
     )
-    resume_path, own = checkpoints.newest(), True
-    if resume_path is None and "resume_from" in ctx.inputs:
-        resume_path, own = newest_inside(ctx.inputs["resume_from"].path), False
+    given = ctx.inputs.get("resume_from")
+    origin = Origin.find(checkpoints, given.path if given else None)
     facts = _new_facts(spec, dataset)
 
     with Together(mesh):
-        if resume_path is not None:
-            facts = resumed_facts(resume_path, facts, spec, ctx, own=own)
+        if origin is not None:
+            facts = origin.resumed(facts, spec, ctx)
         chunks = [_build(family, config, stage, accelerator, spec) for stage in own_stages]
         model = join(chunks)
         table = freeze(model, spec.freeze)
@@ -98,12 +97,14 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
         _allocate(model, accelerator, spec)
         load_weights(
             model,
-            _weights(ctx, config, own_stages, mesh) if resume_path is None else checkpoints.load_weights(resume_path),
+            origin.weights(facts, config, own_stages, mesh) if origin else _weights(ctx, config, own_stages, mesh),
         )
     optimizer = Optimizer(model, spec.optimizer, mesh, held=held)
     with Together(mesh):
-        if resume_path is not None and facts.has_optimizer:
-            restore(checkpoints.load_state(resume_path), optimizer, accelerator)
+        if origin is not None and origin.loads_optimizer(spec):
+            origin.load_optimizer(optimizer, facts, config, own_stages, mesh)
+        if origin is not None and origin.loads_rng(spec, facts):
+            origin.load_rng(accelerator)
     counts = _tell(ctx, mesh, table)
 
     targets_only = mesh.tp_group is None and not accelerator.static_shapes
@@ -117,13 +118,14 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
         head=head,
         optimizer=optimizer,
         checkpoints=checkpoints,
-        facts=replace(facts, has_optimizer=spec.checkpoint.save_optim),
+        facts=facts,
         reporter=ctx,
-        saved_at=facts.position.iteration if resume_path is not None else None,
+        saved_at=facts.position.iteration if origin is not None else None,
     )
-    if resume_path is None:
+    if origin is None or not origin.is_own:
         trainer.rehearse(largest_batch(dataset, spec, mesh, own_stages[0], config, accelerator))
     with (
+        closing(checkpoints),
         Heartbeat(
             ctx.attempt_dir / "heartbeats", ctx.rank, fail=partial(_end, ctx), limit_s=STALL_LIMIT_S
         ) as heartbeat,
@@ -178,6 +180,8 @@ def _new_facts(spec: TrainingSpec, dataset: TokenisedDataset) -> Facts:
         seed=spec.seed,
         dataset=content.hexdigest()[:16],
         has_optimizer=spec.checkpoint.save_optim,
+        has_rng=spec.checkpoint.save_rng,
+        dp_size=spec.parallel.dp_size,
     )
 
 

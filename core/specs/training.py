@@ -82,7 +82,25 @@ class CheckpointSpec(Spec):
         None, ge=1, description="Iterations between checkpoints; only the final one if absent."
     )
     keep_last: int = Field(2, ge=1, le=1000, description="Checkpoints kept.")
-    save_optim: bool = Field(True, description="Save optimizer state, without which a resume restarts AdamW's moments.")
+    save_optim: bool = Field(
+        True,
+        description="Save optimizer state: 8 bytes per trained parameter, 12 in bf16. False is MindSpeed-MM's --no-save-optim: a "
+        "resume then goes on with AdamW's moments at zero and, in bf16, with master weights that are rounded to bfloat16.",
+    )
+    save_rng: bool = Field(
+        True,
+        description="Save the random state of every rank. False is MindSpeed-MM's --no-save-rng. No layer draws random numbers while "
+        "it trains, so a resume without it is as exact.",
+    )
+    load_optim: bool = Field(
+        True,
+        description="With resume_from: go on with its optimizer state. False is MindSpeed-MM's --no-load-optim, with the consequence of "
+        "save_optim false. The learning rate follows from the iteration either way.",
+    )
+    load_rng: bool = Field(
+        True,
+        description="With resume_from: go on with its random state, if tp, pp and dp are its own. False is MindSpeed-MM's --no-load-rng.",
+    )
 
 
 class TrainingSpec(JobInputs):
@@ -119,6 +137,15 @@ class TrainingSpec(JobInputs):
     )
     seed: int = Field(42, ge=0, lt=1 << 32)
     precision: Literal["bf16", "fp32"] = Field("bf16", description="Compute precision; bf16 keeps fp32 master weights.")
+
+    @model_validator(mode="after")
+    def _loads_what_is_given(self) -> TrainingSpec:
+        refused = [name for name in ("load_optim", "load_rng") if not getattr(self.checkpoint, name)]
+        if refused and self.resume_from is None:
+            raise ValueError(
+                f"checkpoint.{refused[0]} goes with resume_from only: model gives weights and nothing else, so leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainingSpec:

@@ -3,47 +3,57 @@
     FOLDER/
       latest_checkpointed_iteration.txt      "50"; moved last, by rename
       iter_0000050/
-        checkpoint.json                      Facts: iteration, data position, layout, the size of every file
+        checkpoint.json                      Facts: iteration, data position, layout, size and digest of every file
         mp_rank_00_000/                      one folder per slice and stage (mp_rank_TT_PPP)
           model_optim_rng.pt                 weights, as MindSpeed-MM reads them; written by the first data-parallel rank
-          temper_optim_000.pt                what data-parallel rank 0 holds of AdamW's state, and random state
-                                             (absent without save_optim)
-      .iter_0000100.tmp/                     being written; whoever dies leaves only this
+          temper_optim_DDD.pt                AdamW's state of what data-parallel rank DDD owns (absent without save_optim)
+          temper_rng_DDD.pt                  random state of that rank (absent without save_rng)
+      .iter_0000100.tmp/                     being written, or removed; whoever dies leaves only this
 
-A folder gets its final name once every rank has written and synced its files, so a folder of that name is complete; sizes are checked
-all the same before one is used. The folder must lie on a file system that all ranks share.
+Saving copies all of it to host memory; the rest goes on in the background (`core.training.background`). A folder gets its final name
+once every rank has written its files, synced them and read them back, so a folder of that name is complete; sizes are checked all the
+same before one is used. The folder must lie on a file system that all ranks share. The learning rate needs no state of its own: it
+follows from the iteration.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+import platform
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from core.conversion.mm import write_rank_file
+from core.conversion.pt import from_torch, write_pt
 from core.errors import CorruptCheckpoint, DiskFull
 from core.parallel.mesh import Mesh
 from core.storage.local import fsync
-from core.training.optimizer import Kind, OptimizerState
+from core.storage.manifest import hash_file
+from core.training.background import Writing, Written, settled
+from core.training.host_memory import has_room_for
+from core.training.optimizer import OptimizerState, Piece
 from core.training.together import Together
 
 FACTS = "checkpoint.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 WEIGHTS_FILE = "model_optim_rng.pt"
+OPTIMIZER_FILES = "temper_optim_*.pt"
 SPARE_BYTES = 64 << 20
 """Left free beyond what a checkpoint needs."""
+PATIENCE_S = 20.0
+"""After an error: how long rank 0 waits for the other ranks' parts of the checkpoint that is being written."""
 
-
-class WriteWeights(Protocol):
-    """Writes one rank's file of mm weights and returns its SHA-256."""
-
-    def __call__(self, path: Path, state_dict: Mapping[str, Tensor], *, iteration: int | None = None) -> str:
-        """Write the file at `path`, which is not there yet."""
+_log = logging.getLogger("temper.runner")
 
 
 @dataclass(frozen=True)
@@ -66,10 +76,12 @@ class Facts:
     dataset: str
     """Names the data set that the data position counts in."""
     has_optimizer: bool
+    has_rng: bool = False
+    dp_size: int = 1
     files: dict[str, int] = field(default_factory=dict)
     """Relative path to size in bytes."""
     digests: dict[str, str] = field(default_factory=dict)
-    """Relative path to SHA-256, of files that were hashed while they were written."""
+    """Relative path to SHA-256."""
 
     @classmethod
     def read(cls, path: Path) -> Facts:
@@ -86,49 +98,113 @@ class Facts:
         return facts
 
 
-class Checkpoints:
-    """The checkpoints of one job, in one folder; `save` and `newest` are called by all ranks together."""
+@dataclass(frozen=True)
+class Contents:
+    """What one rank has to save."""
 
-    def __init__(
-        self, folder: Path, mesh: Mesh, *, rank_folder: str, write_weights: WriteWeights, keep_last: int
-    ) -> None:
-        """`rank_folder` is the `mp_rank_…` of this rank's slice and stage; `write_weights` writes a file of mm weights."""
+    weights: Mapping[str, Tensor]
+    """Of all data-parallel ranks the first writes them."""
+    optimizer: OptimizerState | None = None
+    rng: Mapping[str, Tensor] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        pieces = self.optimizer.pieces.values() if self.optimizer else ()
+        states = [tensor for piece in pieces for tensor in piece.tensors.values()]
+        return sum(tensor.nbytes for tensor in (*self.weights.values(), *states, *(self.rng or {}).values()))
+
+    def copied(self) -> Contents:
+        """Copy everything to host memory of its own."""
+        pieces = {
+            name: replace(piece, tensors={kind: _copy(tensor) for kind, tensor in piece.tensors.items()})
+            for name, piece in (self.optimizer.pieces if self.optimizer else {}).items()
+        }
+        return Contents(
+            {name: _copy(tensor) for name, tensor in self.weights.items()},
+            replace(self.optimizer, pieces=pieces) if self.optimizer else None,
+            self.rng,  # made anew each time it is asked for
+        )
+
+
+class Checkpoints:
+    """The checkpoints of one job, in one folder; all ranks together call `save`, `wait` and `newest`."""
+
+    def __init__(self, folder: Path, mesh: Mesh, *, rank_folder: str, keep_last: int) -> None:
+        """`rank_folder` is the `mp_rank_…` of this rank's slice and stage."""
         self.folder = folder
         self.mesh = mesh
         self.rank_folder = rank_folder
-        self.write_weights = write_weights
         self.keep_last = keep_last
+        self._writing: Writing | None = None
+        self._temporary = folder
 
-    def save(self, facts: Facts, weights: Mapping[str, Tensor], state: Mapping[str, Any] | None) -> None:
-        """Write a checkpoint. Raises the same error on all ranks when one fails, DiskFull when there is no room."""
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank's part of the last checkpoint could not be written; `wait` on all ranks then raises the error."""
+        return self._writing is not None and self._writing.error is not None
+
+    def save(self, facts: Facts, contents: Contents) -> None:
+        """Begin to write a checkpoint, after the one before is complete: when this returns, training may go on.
+
+        Raises the same error on all ranks when one fails, DiskFull when there is no room.
+        """
+        self.wait()
+        began = time.perf_counter()
         final = self.folder / f"iter_{facts.position.iteration:07d}"
-        temporary = self.folder / f".{final.name}.tmp"
-        needed = _size_bytes(state or {}) + (_size_bytes(weights) if self.mesh.dp_rank == 0 else 0)
-        with self._together() as step:
-            total = sum(step.gather(needed))
+        self._temporary = self.folder / f".{final.name}.tmp"
+        if self.mesh.dp_rank != 0:
+            contents = replace(contents, weights={})
+        with Together(self.mesh) as step:
+            told = step.gather((platform.node(), contents.size_bytes))
             if self.mesh.rank == 0:
-                self._make_room(temporary, total)
-        digests: dict[str, str] = {}
-        with self._together():
-            folder = temporary / self.rank_folder
-            folder.mkdir(exist_ok=True)
-            if self.mesh.dp_rank == 0:
-                name = f"{self.rank_folder}/{WEIGHTS_FILE}"
-                digests[name] = self.write_weights(temporary / name, weights, iteration=facts.position.iteration)
-                fsync(temporary / name)
-            if state is not None:
-                torch.save(owned(state), folder / state_file(self.mesh.dp_rank))
-                fsync(folder / state_file(self.mesh.dp_rank))
-            fsync(folder)
-        with self._together() as step:
-            for told in step.gather(digests):
-                digests.update(told)
+                self._make_room(sum(size for _, size in told))
+        with Together(self.mesh):
+            needed = sum(size for host, size in told if host == platform.node())
+            is_copied = has_room_for(needed)
+            if is_copied:
+                contents = contents.copied()
+            else:
+                _log.warning("training waits for the checkpoint: no host memory for a copy of %d bytes", needed)
+        self._writing = Writing(
+            self._temporary,
+            rank=self.mesh.rank,
+            world_size=self.mesh.world_size,
+            write=partial(self._write, facts.position.iteration, contents),
+            complete=partial(self._complete, final, facts, began),
+        )
+        if not is_copied:
+            self._writing.wait_for_own_part()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is complete; on failure remove it and raise on all ranks."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            with Together(self.mesh):
+                writing.wait_for_own_part()
+                if writing.error is not None:
+                    raise writing.error
+            with Together(self.mesh):
+                writing.join()
+                if writing.error is not None:
+                    raise writing.error
+        except Exception:
+            writing.abandon()
             if self.mesh.rank == 0:
-                self._complete(temporary, final, replace(facts, digests=digests))
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            raise
+
+    def close(self) -> None:
+        """Let what is being written come to its end if it can, whatever the other ranks do. For the way out of an error."""
+        if self._writing is not None:
+            self._writing.join(PATIENCE_S)
+            self._writing = None
 
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint; all ranks get rank 0's answer."""
-        with self._together() as step:
+        with Together(self.mesh) as step:
             found = (
                 next((path for path in reversed(self.kept()) if _is_complete(path)), None)
                 if self.mesh.rank == 0
@@ -142,84 +218,98 @@ class Checkpoints:
 
     def load_weights(self, path: Path) -> Iterator[tuple[str, Tensor]]:
         """Read this rank's weights, by memory map; names of virtual chunks begin with `model0.`, `model1.` …"""
-        file = torch.load(path / self.rank_folder / WEIGHTS_FILE, weights_only=True, mmap=True, map_location="cpu")
-        for key, chunk in file.items():
+        for key, chunk in load_file(path / self.rank_folder / WEIGHTS_FILE).items():
             if key == "model":
                 yield from chunk.items()
             elif key.startswith("model"):  # a virtual chunk
                 yield from ((f"{key}.{name}", tensor) for name, tensor in chunk.items())
 
-    def load_state(self, path: Path) -> SavedState:
-        """Open the optimizer and random state of this rank's slice and stage."""
-        return SavedState(path / self.rank_folder, self.mesh.dp_rank)
+    def load_rng(self, path: Path) -> dict[str, Tensor]:
+        """Read this rank's random state."""
+        return load_file(path / self.rank_folder / self._name_of("rng"))
 
-    def _make_room(self, temporary: Path, needed_bytes: int) -> None:
+    def _name_of(self, content: str) -> str:
+        return f"temper_{content}_{self.mesh.dp_rank:03d}.pt"
+
+    def _make_room(self, needed_bytes: int) -> None:
         for leftover in self.folder.glob(".iter_*.tmp"):
             shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
+        self._temporary.mkdir(parents=True)
         free = shutil.disk_usage(self.folder).free
         if free < needed_bytes + SPARE_BYTES:
+            self._temporary.rmdir()
             raise DiskFull(
                 f"a checkpoint needs {needed_bytes} bytes, {free} are free in {self.folder}",
                 hint="free space there, lower checkpoint.keep_last, or set checkpoint.save_optim to false",
             )
 
-    def _complete(self, temporary: Path, final: Path, facts: Facts) -> None:
+    def _write(self, iteration: int, contents: Contents) -> Written:
+        """Write this rank's files, have them on disk, and return what they are."""
+        folder = self._temporary / self.rank_folder
+        folder.mkdir(exist_ok=True)
+        digests: dict[Path, str] = {}
+        try:
+            if self.mesh.dp_rank == 0:
+                path = folder / WEIGHTS_FILE
+                digests[path] = write_rank_file(path, contents.weights, iteration=iteration)
+            if contents.optimizer is not None:
+                path = folder / self._name_of("optim")
+                digests[path] = write_pt(path, _tree(contents.optimizer))
+            if contents.rng is not None:
+                path = folder / self._name_of("rng")
+                buffer = io.BytesIO()
+                torch.save(dict(contents.rng), buffer)
+                path.write_bytes(buffer.getvalue())
+                digests[path] = hash_file(path)
+        except DiskFull as error:
+            raise DiskFull(
+                f"the checkpoint of iteration {iteration} was not written: {error.message}",
+                hint="free space, lower checkpoint.keep_last, or set checkpoint.save_optim to false",
+            ) from error
+        written = {str(path.relative_to(self._temporary)): settled(path, digest) for path, digest in digests.items()}
+        fsync(folder)
+        return written
+
+    def _complete(self, final: Path, facts: Facts, began: float, written: Written) -> None:
         """Give the checkpoint its name, point the tracker at it, and only then remove old ones."""
-        files = {str(path.relative_to(temporary)): path.stat().st_size for path in sorted(temporary.rglob("*.pt"))}
-        (temporary / FACTS).write_text(json.dumps({**asdict(facts), "files": files}, indent=1), encoding="utf-8")
+        temporary = self._temporary
+        facts = replace(
+            facts,
+            files={name: file.size_bytes for name, file in written.items()},
+            digests={name: file.sha256 for name, file in written.items()},
+        )
+        (temporary / FACTS).write_text(json.dumps(asdict(facts), indent=1), encoding="utf-8")
         fsync(temporary / FACTS)
         fsync(temporary)
         if final.exists():  # from an earlier attempt, and refused by `newest`
-            shutil.rmtree(final)
+            _remove(final)
         temporary.rename(final)
         write_tracker(self.folder, facts.position.iteration)
         for old in self.kept()[: -self.keep_last]:
-            shutil.rmtree(old)
-
-    def _together(self) -> Together:
-        return Together(self.mesh)
-
-
-class SavedState:
-    """The optimizer state of a rank folder, put together from the pieces of its data-parallel ranks; and random state."""
-
-    def __init__(self, folder: Path, dp_rank: int) -> None:
-        files = [
-            torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-            for path in sorted(folder.glob(state_file("*")))
-        ]
-        if not files:
-            raise CorruptCheckpoint(f"{folder} has no {state_file(dp_rank)}")
-        self.num_steps: int = files[0]["optimizer"]["num_steps"]
-        self.rng: dict[str, Tensor] = files[dp_rank if dp_rank < len(files) else 0]["rng"]
-        self._pieces = [file["optimizer"]["pieces"] for file in files]
-
-    def read(self, name: str, kind: Kind, start: int, stop: int) -> Tensor:
-        """Return elements of a flattened parameter's state, [stop - start]. Raises KeyError(name) if it is not there."""
-        found = torch.empty(stop - start)
-        num_left = stop - start
-        for pieces in self._pieces:
-            piece = pieces.get(name)
-            first, last = (0, 0) if piece is None else (max(start, piece["start"]), min(stop, piece["stop"]))
-            if first < last:
-                found[first - start : last - start] = piece["tensors"][kind][
-                    first - piece["start"] : last - piece["start"]
-                ]
-                num_left -= last - first
-        if num_left:
-            raise KeyError(name)
-        return found
+            _remove(old)
+        seconds = time.perf_counter() - began
+        _log.info("checkpoint of iteration %d is complete, after %.1f s", facts.position.iteration, seconds)
 
 
-def state_file(dp_rank: int | str) -> str:
-    """Name of a data-parallel rank's file of optimizer and random state; with "*" a pattern of all."""
-    return f"temper_optim_{dp_rank:03d}.pt" if isinstance(dp_rank, int) else f"temper_optim_{dp_rank}.pt"
+def load_file(path: Path) -> dict[str, Any]:
+    """Read a file of tensors by memory map; plain containers only."""
+    return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
 
 
-def plain(state: OptimizerState) -> dict[str, Any]:
-    """Return an optimizer's state in types that torch reads back safely."""
-    return {"num_steps": state.num_steps, "pieces": {name: vars(piece) for name, piece in state.pieces.items()}}
+def load_optimizer(path: Path) -> OptimizerState:
+    """Read one rank's file, by memory map."""
+    tree = load_file(path)
+    pieces = {name: Piece(piece.pop("start"), piece.pop("stop"), piece) for name, piece in tree["pieces"].items()}
+    return OptimizerState(tree["num_steps"], pieces)
+
+
+def _tree(state: OptimizerState) -> dict[str, Any]:
+    """What a file of optimizer state holds."""
+    pieces = {
+        name: {"start": piece.start, "stop": piece.stop, **{kind: from_torch(t) for kind, t in piece.tensors.items()}}
+        for name, piece in state.pieces.items()
+    }
+    return {"num_steps": state.num_steps, "pieces": pieces}
 
 
 def write_tracker(folder: Path, iteration: int) -> None:
@@ -231,19 +321,15 @@ def write_tracker(folder: Path, iteration: int) -> None:
     fsync(folder)
 
 
-def owned(value: Any) -> Any:
-    """Copy tensors to host memory of their own: torch.save writes the whole storage that a view looks into."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True).contiguous()
-    if isinstance(value, Mapping):
-        return {key: owned(item) for key, item in value.items()}
-    return value
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _size_bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    return sum(_size_bytes(item) for item in value.values()) if isinstance(value, Mapping) else 0
+def _remove(path: Path) -> None:
+    """Take a checkpoint's name away before its files, so that none is ever seen with some of them gone."""
+    doomed = path.with_name(f".{path.name}.old.tmp")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _is_complete(path: Path) -> bool:

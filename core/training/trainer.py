@@ -27,7 +27,7 @@ from core.parallel.data import all_reduce_rows
 from core.parallel.mesh import Mesh
 from core.parallel.pipeline import Pipeline
 from core.specs.training import TrainingSpec
-from core.training.checkpoint import Checkpoints, Facts, Position, plain
+from core.training.checkpoint import Checkpoints, Contents, Facts, Position
 from core.training.checks import FirstStep, OutOfMemory
 from core.training.heartbeat import Heartbeat
 from core.training.meters import Meters, log_line, mindspeed_line
@@ -80,6 +80,8 @@ class Exchanged:
     num_images: int
     wait_s: float
     """Longest time that a rank waited for its data."""
+    save_failed: bool
+    """Whether a rank could not write its part of the last checkpoint."""
 
     @property
     def is_finite(self) -> bool:
@@ -127,6 +129,8 @@ class Trainer:
             self._at("reduce", batches)
             self.optimizer.reduce_gradients()
             everyone = self._exchange(self.head.take(), batches, wait_s)
+            if everyone.save_failed:
+                self.checkpoints.wait()  # raises the error
             if first is None and not is_checked and learning_rate > 0:
                 first = FirstStep.before(self.model, self.optimizer)
 
@@ -163,8 +167,10 @@ class Trainer:
             if self._is_save_due(iteration) or everyone.stop:
                 self.save()
             if everyone.stop and iteration < spec.train_iters:
+                self.checkpoints.wait()
                 return Outcome.STOPPED
         self.save()
+        self.checkpoints.wait()
         return Outcome.FINISHED
 
     def rehearse(self, batch: PackedBatch) -> None:
@@ -188,21 +194,23 @@ class Trainer:
         self.meters = Meters(time.perf_counter)
 
     def save(self) -> None:
-        """Write a checkpoint of the present state, unless there is one."""
+        """Begin to write a checkpoint of the present state, unless that was done already."""
         iteration = self.facts.position.iteration
         if self.saved_at == iteration:
             return
         self._at("save")
         began = time.perf_counter()
-        state = None
-        if self.spec.checkpoint.save_optim:
-            rng = {"host": torch.get_rng_state(), "device": self.accelerator.rng_state()}
-            state = {"optimizer": plain(self.optimizer.state_dict()), "rng": rng}
-        self.checkpoints.save(self.facts, self.model.state_dict(), state)
+        wanted = self.spec.checkpoint
+        contents = Contents(
+            self.model.state_dict(),
+            self.optimizer.state_dict() if wanted.save_optim else None,
+            {"host": torch.get_rng_state(), "device": self.accelerator.rng_state()} if wanted.save_rng else None,
+        )
+        self.checkpoints.save(self.facts, contents)
         self.saved_at = iteration
         seconds = time.perf_counter() - began
         self.meters.paused(seconds)
-        self.reporter.log.info("saved checkpoint at iteration %d in %.1f s", iteration, seconds)
+        self.reporter.log.info("checkpoint of iteration %d: training waited %.2f s", iteration, seconds)
 
     def _at(self, phase: str, batches: Sequence[PackedBatch] = ()) -> None:
         """Tell the stall guard what comes now."""
@@ -224,11 +232,12 @@ class Trainer:
             float(sum(batch.num_tokens for batch in batches) if is_first else 0),
             float(sum(len(batch.grid_thw) for batch in batches) if is_first else 0),
             wait_s,
+            float(self.checkpoints.has_failed),
         ]
         table = all_reduce_rows(
             row, rank=mesh.rank, world_size=mesh.world_size, group=mesh.world_group, device=self.accelerator.device
         )
-        losses_R, bad_R, norms_R, stops_R, memory_R, padded_R, images_R, waits_R = table.T.tolist()
+        losses_R, bad_R, norms_R, stops_R, memory_R, padded_R, images_R, waits_R, failures_R = table.T.tolist()
         return Exchanged(
             loss_sum=math.fsum(losses_R),
             squared_norm=math.fsum(norms_R) if all(map(math.isfinite, norms_R)) else math.nan,
@@ -239,6 +248,7 @@ class Trainer:
             num_padded_tokens=int(sum(padded_R)),
             num_images=int(sum(images_R)),
             wait_s=max(waits_R),
+            save_failed=any(failures_R),
         )
 
     def _skip(self, step: LoadedStep, everyone: Exchanged) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.conversion.mm import rank_dir, write_rank_file
+from core.conversion.mm import rank_dir
 from core.data.loader import TARGET_WEIGHT, LoadedStep, LossReduction, total_weight
 from core.data.plan import plan_step
 from core.device.cpu import CpuAccelerator
@@ -33,6 +33,7 @@ from core.training.checkpoint import Checkpoints, Facts, Position
 from core.training.freeze import freeze
 from core.training.lora import Adapters
 from core.training.optimizer import Optimizer
+from core.training.resume import Origin, load_weights
 from core.training.trainer import Outcome, Trainer
 from core.training.wiring import Head, build_pipeline, join, shard_chunks
 
@@ -312,24 +313,33 @@ def training_spec(**changes: object) -> TrainingSpec:
     return TrainingSpec.model_validate(values)
 
 
-def make_trainer(rank: Rank, spec: TrainingSpec, folder: Path, notes: Notes) -> Trainer:
-    """A trainer of a case's rank; goes on from the newest checkpoint in `folder` as the runner does."""
+def make_trainer(
+    rank: Rank, spec: TrainingSpec, folder: Path, notes: Notes, *, resume_from: Path | None = None
+) -> Trainer:
+    """A trainer of a case's rank; goes on from the newest checkpoint in `folder`, or from a given one, as the runner does."""
     mesh = rank.mesh
     checkpoints = Checkpoints(
         folder,
         mesh,
         rank_folder=Path(rank_dir("release", mesh.tp_rank, mesh.pp_rank, mesh.pp_size)).name,
-        write_weights=write_rank_file,
         keep_last=spec.checkpoint.keep_last,
     )
-    facts = Facts(Position(), spec.parallel.layout.model_dump(mode="json"), spec.precision, spec.seed, "", True)
-    newest = checkpoints.newest()
-    if newest is not None:
-        facts = Facts.read(newest)
-        rank.model.load_state_dict(dict(checkpoints.load_weights(newest)))
-        if spec.checkpoint.save_optim:
-            saved = checkpoints.load_state(newest)
-            rank.optimizer.load_state(saved.num_steps, saved.read)
+    facts = Facts(
+        Position(),
+        spec.parallel.layout.model_dump(mode="json"),
+        spec.precision,
+        spec.seed,
+        "",
+        has_optimizer=spec.checkpoint.save_optim,
+        has_rng=spec.checkpoint.save_rng,
+        dp_size=spec.parallel.dp_size,
+    )
+    origin = Origin.find(checkpoints, resume_from)
+    if origin is not None:
+        facts = origin.resumed(facts, spec, notes)
+        load_weights(rank.model, origin.weights(facts, rank.config, rank.own_stages, mesh))
+        if origin.loads_optimizer(spec):
+            origin.load_optimizer(rank.optimizer, facts, rank.config, rank.own_stages, mesh)
     return Trainer(
         spec=spec,
         mesh=mesh,
