@@ -23,6 +23,7 @@ from core.jobs.inspection import inspect_folder
 from core.jobs.lifecycle import JobState
 from core.jobs.principal import Principal
 from core.models.layout import check_canonical
+from core.models.lora import Lora, adapted_layers
 from core.models.memory import LayerRecompute, Workload, activation_bytes, in_flight, training_memory
 from core.models.plan import Stage, stages
 from core.models.qwen2_5_vl.family import Config
@@ -75,6 +76,7 @@ class RankMemory(BaseModel):
 
     pipeline_rank: int
     parameters: int
+    trained_parameters: int
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
@@ -205,16 +207,14 @@ class Planner:
             return of_artifact(artifact)
         if state in (JobState.FAILED, JobState.CANCELLED):
             raise Conflict(f"job {job.id} is {state.value}, its output will not come", hint="retry that job first")
-        if name != main_output(job.kind, job.spec) and not (
-            job.kind == "training" and re.fullmatch(r"checkpoint-\d{7}", name)
-        ):
+        if name != main_output(job.kind, job.spec) and not _is_side_output(job, name):
             raise NotFound(
                 f"job {job.id} will have no output {name!r}; its main output is {main_output(job.kind, job.spec)!r}"
             )
-        return self._foretell(job)
+        return self._foretell(job, name)
 
-    def _foretell(self, job: Job) -> Subject:
-        """What a job that has not finished will make."""
+    def _foretell(self, job: Job, name: str) -> Subject:
+        """What a job that has not finished will make under this name."""
         spec = parse_stored_spec(job.kind, job.spec)
         match spec:
             case ConversionSpec():
@@ -231,12 +231,16 @@ class Planner:
                 }
                 return Subject("mm_adapter" if adapter else "mm_checkpoint", metadata, source.size_bytes, job=job)
             case TrainingSpec():
+                if name.startswith("adapter"):
+                    return Subject("hf_adapter", {}, job=job)
                 model = self._look_up(spec.model)
                 metadata = {
                     "config": model.metadata.get("config"),
                     "parallel": _dump(spec.parallel.layout),
                     "iteration": spec.train_iters,
                 }
+                if spec.lora is not None:
+                    metadata["lora"] = spec.lora.model_dump(mode="json")
                 return Subject("mm_checkpoint", metadata, model.size_bytes, job=job)
             case DatasetSpec():
                 return Subject("dataset", {"cutoff_len": spec.cutoff_len}, job=job)
@@ -325,7 +329,6 @@ class Planner:
             raise InvalidDataset(f"spec.media_root: {spec.media_root!r} is not a folder of the source")
 
     def _training(self, spec: TrainingSpec, subjects: Mapping[str, Subject], plan: Plan) -> None:
-        refuse_unsupported(spec)
         model, data = subjects["model"], subjects["dataset"]
         plan.steps = spec.train_iters
         if model.metadata.get("canonical"):
@@ -344,15 +347,19 @@ class Planner:
             raise InvalidSpec(
                 "spec.resume_from: not a training checkpoint (it has no iteration); give it as model instead"
             )
+        if "resume_from" in subjects:
+            _refuse_resuming_lora(spec, subjects["resume_from"])
         config = model.config
         if config is None:
             return
         _require_model("spec.model", config)
         stages(config, spec.parallel)
+        lora = lora_of(spec, config)
         self._memory(spec, config, plan)
         if model.size_bytes is not None:
+            kept = sum(rank.trained_parameters for rank in plan.memory_per_rank) * 2 if lora else model.size_bytes
             factor = 1 + (6 if spec.checkpoint.save_optim else 0)
-            plan.disk_bytes = model.size_bytes * (1 + factor * spec.checkpoint.keep_last)
+            plan.disk_bytes = model.size_bytes + factor * kept * spec.checkpoint.keep_last
 
     def _memory(self, spec: TrainingSpec, config: Config, plan: Plan) -> None:
         """Predict each rank's peak, and say what would fit if it does not."""
@@ -423,10 +430,11 @@ def of_artifact(artifact: Artifact) -> Subject:
     return Subject(artifact.kind, artifact.meta, artifact.size_bytes, artifact=artifact)
 
 
-def refuse_unsupported(spec: TrainingSpec) -> None:
-    """Refuse what this version of the engine cannot do, rather than ignore it."""
-    if spec.lora is not None:
-        raise UnsupportedOption("spec.lora: this version trains full weights only; leave it out")
+def lora_of(spec: TrainingSpec, config: Config) -> Lora | None:
+    """The adapters that a spec asks for. Raises InvalidSpec where `target_modules` and `freeze` do not fit the model."""
+    if spec.lora is None:
+        return None
+    return Lora(tuple(adapted_layers(config, spec.lora.target_modules, _frozen(spec))), spec.lora.r)
 
 
 def memory_per_rank(spec: TrainingSpec, config: Config, device_bytes: int, *, fused: bool = True) -> list[RankMemory]:
@@ -503,10 +511,10 @@ def suggestions(
 def _rank_memory(
     spec: TrainingSpec, config: Config, pp_rank: int, held: Sequence[Stage], device_bytes: int, fused: bool
 ) -> RankMemory:
-    frozen = {name for name, value in spec.freeze if value}
+    frozen, lora = _frozen(spec), lora_of(spec, config)
     parallel, tokens = spec.parallel, spec.micro_batch_size * spec.seq_length
     estimates = [
-        training_memory(config, stage, frozen=frozen, precision=spec.precision, tp_size=parallel.tp_size)
+        training_memory(config, stage, frozen=frozen, precision=spec.precision, tp_size=parallel.tp_size, lora=lora)
         for stage in held
     ]
     work = Workload(
@@ -525,6 +533,7 @@ def _rank_memory(
             vision_recompute=_layer_recompute(spec.recompute.vision_encoder),
             text_recompute=_layer_recompute(spec.recompute.text_decoder),
             tp_size=parallel.tp_size,
+            lora=lora,
         )
         for stage in held
     )
@@ -533,6 +542,29 @@ def _rank_memory(
     return RankMemory(
         pipeline_rank=pp_rank, **sums, activations_bytes=activations, total_bytes=total, fits=total <= device_bytes
     )
+
+
+def _frozen(spec: TrainingSpec) -> frozenset[str]:
+    return frozenset(tower for tower, is_frozen in spec.freeze if is_frozen)
+
+
+def _is_side_output(job: Job, name: str) -> bool:
+    """Whether a job may come to have this output beside its main one."""
+    if job.kind != "training":
+        return False
+    return re.fullmatch(r"adapter(-\d{7})?" if job.spec.get("lora") else r"checkpoint-\d{7}", name) is not None
+
+
+def _refuse_resuming_lora(spec: TrainingSpec, given: Subject) -> None:
+    if spec.lora is not None:
+        raise UnsupportedOption(
+            "spec.resume_from: a LoRA training cannot go on from another job's checkpoint; its own attempts resume by themselves",
+            hint="give the other job's merged checkpoint as model, without resume_from",
+        )
+    if given.metadata.get("lora"):
+        raise InvalidSpec(
+            "spec.resume_from: the merged checkpoint of a LoRA training has no state to resume from; give it as model"
+        )
 
 
 def _layer_recompute(spec: RecomputeSpec | None) -> LayerRecompute:

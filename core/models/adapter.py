@@ -134,7 +134,7 @@ def new_adapter_config(names: Iterable[str], *, r: int, lora_alpha: float, base_
         "peft_type": "LORA",
         "r": r,
         # In full: PEFT matches by ending, and both towers have a gate_proj.
-        "target_modules": sorted({new_name(name).rsplit(".", 2)[0] for name in names}),
+        "target_modules": sorted({new_name(old_name(name)).rsplit(".", 2)[0] for name in names}),
         "task_type": "CAUSAL_LM",
     }
 

@@ -120,13 +120,24 @@ def with_adapters(plan: Plan) -> Plan:
     return {**plan, **more}
 
 
-def adapter_parameters(stage: Stage, layers: Iterable[Layer], r: int, *, tp_size: int = 1) -> int:
-    """Parameters of adapters that one tensor-parallel rank of the stage holds."""
-    return sum(
-        len(stage.layers(layer.place)) * cut.cut(shape, tp_size, 0).size(shape)
-        for layer in layers
-        for shape, cut in zip(layer.adapter_shapes(r), layer.adapter_cuts, strict=True)
-    )
+@dataclass(frozen=True)
+class Lora:
+    """Adapters of rank `r` on some layers, for predictions of memory."""
+
+    layers: tuple[Layer, ...]
+    r: int
+
+    def parameters(self, stage: Stage, *, tp_size: int = 1) -> int:
+        """Parameters of adapters that one tensor-parallel rank of the stage holds."""
+        return sum(
+            len(stage.layers(layer.place)) * cut.cut(shape, tp_size, 0).size(shape)
+            for layer in self.layers
+            for shape, cut in zip(layer.adapter_shapes(self.r), layer.adapter_cuts, strict=True)
+        )
+
+    def kinds(self, tower: str) -> frozenset[str]:
+        """Kinds of layers of a tower that have an adapter."""
+        return frozenset(layer.kind for layer in self.layers if layer.place.tower == tower)
 
 
 def peft_modules(layer: Layer) -> Iterator[tuple[str, list[Rows]]]:

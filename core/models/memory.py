@@ -12,21 +12,13 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal
 
-from core.models.mapping import Place, Rename
+from core.models.lora import Lora
+from core.models.mapping import Rename
 from core.models.plan import Stage
 from core.models.qwen2_5_vl.family import MAPPING, PLAN, Config
 
 CHUNK_TOKENS = 1024
 """Positions per chunk of the loss (`training/loss.py`)."""
-
-_TOWER = {
-    Place.PATCH_EMBED: "vision_encoder",
-    Place.VIT_LAYER: "vision_encoder",
-    Place.PROJECTOR: "vision_projector",
-    Place.EMBEDDING: "text_decoder",
-    Place.LLM_LAYER: "text_decoder",
-    Place.OUTPUT: "text_decoder",
-}
 
 
 def stage_parameters(config: Config, stage: Stage, *, tp_size: int = 1) -> dict[str, int]:
@@ -38,23 +30,34 @@ def stage_parameters(config: Config, stage: Stage, *, tp_size: int = 1) -> dict[
             continue  # one stage holds both ends: the output layer is the embedding itself
         held = stage.layers(rule.place) or ()
         shape = rule.mm_shape(dims)
-        count[_TOWER[rule.place]] += len(held) * PLAN[rule.mm].cut(shape, tp_size, 0).size(shape)
+        count[rule.place.tower] += len(held) * PLAN[rule.mm].cut(shape, tp_size, 0).size(shape)
     return count
 
 
 def training_memory(
-    config: Config, stage: Stage, *, frozen: AbstractSet[str], precision: Literal["bf16", "fp32"], tp_size: int = 1
+    config: Config,
+    stage: Stage,
+    *,
+    frozen: AbstractSet[str],
+    precision: Literal["bf16", "fp32"],
+    tp_size: int = 1,
+    lora: Lora | None = None,
 ) -> dict[str, int]:
     """Bytes for weights, gradients and AdamW's state of one rank.
 
     bf16 keeps an fp32 master copy beside two fp32 moments (12 bytes per trained parameter) and accumulates gradients in
-    fp32; fp32 needs no master copy.
+    fp32; fp32 needs no master copy. With `lora` its adapters alone are trained.
     """
-    parameters = stage_parameters(config, stage, tp_size=tp_size)
-    trained = sum(count for tower, count in parameters.items() if tower not in frozen)
+    by_tower = stage_parameters(config, stage, tp_size=tp_size)
+    trained = sum(count for tower, count in by_tower.items() if tower not in frozen)
+    parameters = sum(by_tower.values())
+    if lora is not None:
+        trained = lora.parameters(stage, tp_size=tp_size)
+        parameters += trained
     return {
-        "parameters": sum(parameters.values()),
-        "weights_bytes": sum(parameters.values()) * (2 if precision == "bf16" else 4),
+        "parameters": parameters,
+        "trained_parameters": trained,
+        "weights_bytes": parameters * (2 if precision == "bf16" else 4),
         "gradients_bytes": trained * 4,
         "optimizer_bytes": trained * (12 if precision == "bf16" else 8),
     }
@@ -111,11 +114,12 @@ def activation_bytes(
     vision_recompute: LayerRecompute | None = None,
     text_recompute: LayerRecompute | None = None,
     tp_size: int = 1,
+    lora: Lora | None = None,
 ) -> int:
     """Peak bytes of activations of one rank of a stage, its input batch and the loss's working memory included."""
     size = 2 if precision == "bf16" else 4
-    vision = _vision(config, stage, work, frozen, size, vision_recompute or LayerRecompute(), tp_size)
-    text = _text(config, stage, work, frozen, size, text_recompute or LayerRecompute(), tp_size)
+    vision = _vision(config, stage, work, frozen, size, vision_recompute or LayerRecompute(), tp_size, lora)
+    text = _text(config, stage, work, frozen, size, text_recompute or LayerRecompute(), tp_size, lora)
     batch = work.num_tokens * 5 * 8 + (work.num_patches * config.vision.patch_dim * 4 if stage.has_patch_embed else 0)
     kept = batch + vision.kept + text.kept
     held = work.num_in_flight * kept
@@ -130,7 +134,8 @@ def _layer(
     query: float,
     key: float,
     ffn: float,
-    trained: bool,
+    inputs: AbstractSet[str],
+    low: float,
     expanded: bool,
     joined: bool,
     split: int,
@@ -138,10 +143,13 @@ def _layer(
 ) -> tuple[float, float, float]:
     """Values per row that a transformer layer keeps: all of it, with selective recompute, and its working memory going back.
 
+    `inputs` are the linear layers that keep theirs, for the gradient of their weight or adapter; `low` is what adapters keep beside.
     `hidden` parts are divided by `shared`, those of heads and of the MLP by `split` tensor-parallel ranks.
     """
-    linear_inputs = 2 * hidden / shared if trained else 0.0  # of qkv and fc1
-    rest = 2 * hidden / shared + linear_inputs + (2 + trained) * ffn / split
+    linear_inputs = (
+        (("linear_qkv" in inputs) + ("linear_fc1" in inputs)) * hidden / shared
+    )  # that of proj is kept anyway
+    rest = 2 * hidden / shared + linear_inputs + low + (2 + ("linear_fc2" in inputs)) * ffn / split
     # The value is a view of what linear_qkv returned, and keeps all of it; repeated ones are tensors of their own.
     with_view = (query + key + (query + 2 * key) + query) / split
     core = (4 + joined) * query / split if expanded else with_view
@@ -175,6 +183,7 @@ def _vision(
     size: int,
     policy: LayerRecompute,
     tp_size: int,
+    lora: Lora | None,
 ) -> _Kept:
     if not stage.vit_layers and not stage.has_projector:
         return _Kept(0, 0)
@@ -190,7 +199,8 @@ def _vision(
             query=width,
             key=width,
             ffn=ffn,
-            trained=True,
+            inputs=_kept_inputs("vision_encoder", frozen, lora),
+            low=_low_rank("vision_encoder", lora),
             expanded=False,
             joined=False,
             split=tp_size,
@@ -199,8 +209,8 @@ def _vision(
         per_row, transient = _tower(len(stage.vit_layers), width, layer, policy)
         kept, working = patches * (per_row * size + tables), patches * transient * size
     if stage.has_projector and not {"vision_encoder", "vision_projector"} <= frozen:
-        trained = "vision_projector" not in frozen
-        kept += patches * size * width * (4 if trained else 2)
+        inputs = _kept_inputs("vision_projector", frozen, lora) & {"linear_fc1", "linear_fc2"}
+        kept += patches * size * width * (2 + len(inputs))
     if stage.has_projector:
         kept += merged * size * vision.out_hidden_size
     return _Kept(kept, working)
@@ -214,17 +224,19 @@ def _text(
     size: int,
     policy: LayerRecompute,
     tp_size: int,
+    lora: Lora | None,
 ) -> _Kept:
     if not stage.llm_layers and not stage.has_embedding and not stage.has_output:
         return _Kept(0, 0)
     text, tokens = config.text, work.num_tokens
-    hidden = text.hidden_size
+    hidden, inputs = text.hidden_size, _kept_inputs("text_decoder", frozen, lora)
     layer = _layer(
         hidden=hidden,
         query=text.num_attention_heads * text.head_dim,
         key=text.num_key_value_heads * text.head_dim,
         ffn=text.intermediate_size,
-        trained="text_decoder" not in frozen,
+        inputs=inputs,
+        low=_low_rank("text_decoder", lora),
         expanded=not work.has_fused_attention and text.num_attention_heads > text.num_key_value_heads,
         joined=work.is_mixed,
         split=tp_size,
@@ -235,10 +247,22 @@ def _text(
     if stage.has_output:
         kept += tokens * 2 * hidden / tp_size * size
         if work.num_targets is not None and stage.llm_layers:  # the last layer goes on with target positions only
-            spared = 3 * hidden + 3 * text.intermediate_size + 2 * hidden
+            spared = (4 + ("linear_fc1" in inputs)) * hidden + (2 + ("linear_fc2" in inputs)) * text.intermediate_size
             is_kept = policy.granularity in ("none", "selective")
             kept -= (tokens - work.num_targets) * size * (spared if is_kept else 2 * hidden)
     return _Kept(kept, tokens * transient * size)
+
+
+def _kept_inputs(tower: str, frozen: AbstractSet[str], lora: Lora | None) -> AbstractSet[str]:
+    """Linear layers of a tower that keep their input."""
+    if lora is not None:
+        return lora.kinds(tower)
+    return frozenset() if tower in frozen else frozenset(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"))
+
+
+def _low_rank(tower: str, lora: Lora | None) -> float:
+    """Values per row that a layer's adapters keep: A x of each."""
+    return 0.0 if lora is None else len(lora.kinds(tower)) * lora.r
 
 
 def _loss(config: Config, stage: Stage, work: Workload, size: int, tp_size: int) -> float:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from core.conversion.convert import copy_model_files
+from core.conversion.mm import write_rank_file
+from core.models.batch import PackedBatch
+from core.models.mm_folder import RANK_FILE, iteration_dir
 from core.runners.context import RunContext
+from core.specs.training import TrainingSpec
+from core.storage.local import fsync
 from core.training.checkpoint import Checkpoints, Facts, write_tracker
+from core.training.lora import Adapters, merge_and_compare
+from core.training.together import Together
+from core.training.trainer import Trainer
 
 
 def publish(ctx: RunContext, checkpoints: Checkpoints, *, finished: bool, metadata: dict[str, Any]) -> None:
@@ -29,6 +38,84 @@ def publish(ctx: RunContext, checkpoints: Checkpoints, *, finished: bool, metada
         except BaseException:
             writer.abort()
             raise
+
+
+def publish_adapted(
+    ctx: RunContext,
+    spec: TrainingSpec,
+    trainer: Trainer,
+    adapters: Adapters,
+    *,
+    metadata: dict[str, Any],
+    probe: PackedBatch | None,
+) -> None:
+    """Make PEFT's folder of every kept checkpoint of a LoRA training, and of a finished one (which has a `probe`) a merged checkpoint,
+    the main output; all ranks together. Afterwards the model has no adapters."""
+    assert spec.lora is not None, "adapters are of a training that asks for them"
+    told = spec.lora.model_dump(mode="json")
+    if probe is not None:
+        merging = merge_and_compare(trainer.model, trainer.pipeline, trainer.head, probe)
+        told |= asdict(merging)
+        ctx.log.info(
+            "merged in float32: max |Δlogit| %.3g between base + adapter and the merged weights (largest logit %.3g, %d positions)",
+            merging.max_logit_difference,
+            merging.max_logit,
+            merging.num_positions,
+        )
+    if trainer.mesh.rank == 0:
+        _publish_adapters(ctx, spec, trainer.checkpoints, adapters, told, metadata, finished=probe is not None)
+    if probe is not None:
+        _publish_merged(ctx, trainer, {**metadata, "lora": told})
+
+
+def _publish_adapters(
+    ctx: RunContext,
+    spec: TrainingSpec,
+    checkpoints: Checkpoints,
+    adapters: Adapters,
+    told: dict[str, Any],
+    metadata: dict[str, Any],
+    *,
+    finished: bool,
+) -> None:
+    kept = checkpoints.kept()
+    base_model = metadata["config"].get("_name_or_path") or None
+    for path in kept:
+        iteration, is_final = Facts.read(path).position.iteration, finished and path == kept[-1]
+        writer = ctx.new_artifact("adapter" if is_final else f"adapter-{iteration:07d}", "hf_adapter")
+        try:
+            num_tensors = adapters.write_peft(path, spec.parallel.layout, writer.path, base_model=base_model)
+            facts = told if is_final else {name: told[name] for name in ("r", "alpha", "target_modules")}
+            more = {"lora_alpha": told["alpha"], "base_model_name_or_path": base_model, "num_tensors": num_tensors}
+            writer.commit({**facts, **more, "family": metadata["family"], "iteration": iteration})
+        except BaseException:
+            writer.abort()
+            raise
+
+
+def _publish_merged(ctx: RunContext, trainer: Trainer, metadata: dict[str, Any]) -> None:
+    """Every rank writes its file into rank 0's artifact."""
+    mesh, iteration = trainer.mesh, trainer.facts.position.iteration
+    name = f"{iteration_dir(iteration)}/{trainer.checkpoints.rank_folder}/{RANK_FILE}"
+    writer = ctx.new_artifact("checkpoint", "mm_checkpoint") if mesh.rank == 0 else None
+    try:
+        with Together(mesh) as step:
+            target = step.gather(None if writer is None else writer.path)[0]
+        with Together(mesh):
+            digests = {}
+            if mesh.dp_rank == 0:
+                digests[name] = write_rank_file(target / name, trainer.model.state_dict(), iteration=iteration)
+                fsync(target / name)
+        told = Together(mesh).gather(digests)
+        if writer is not None:
+            write_tracker(writer.path, iteration)
+            _copy_model_files(ctx, writer.path / "hf")
+            everyone = {name: digest for part in told for name, digest in part.items()}
+            writer.commit({**metadata, "iteration": iteration}, digests=everyone)
+    except BaseException:
+        if writer is not None:
+            writer.abort()
+        raise
 
 
 def _copy_model_files(ctx: RunContext, target: Path) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from core.conversion.load import load_stage, load_stage_from_hf
 from core.conversion.mm import rank_dir
 from core.data.dataset import TokenisedDataset
 from core.device import Accelerator, get_accelerator
-from core.errors import AppError, IncompatiblePlan, InvalidModel, UnsupportedOption
+from core.errors import AppError, IncompatiblePlan, InvalidModel
 from core.models.hf_folder import read_config
 from core.models.layers.recompute import Recompute, RecomputePolicy
 from core.models.plan import Stage, stages
@@ -33,7 +34,7 @@ from core.models.qwen2_5_vl.family import Config
 from core.models.registry import Family, detect
 from core.parallel.mesh import Mesh, build_mesh
 from core.runners.context import InputArtifact, RunContext, Stopped
-from core.runners.publishing import publish
+from core.runners.publishing import publish, publish_adapted
 from core.runners.ranks import errors_of_other_ranks, process_group
 from core.specs.parallel import ParallelSpec
 from core.specs.training import RecomputeSpec, RecomputeSpecs, TrainingSpec
@@ -41,6 +42,7 @@ from core.training.checkpoint import Checkpoints, Facts, Position
 from core.training.feeding import build_loader, check_dataset, largest_batch
 from core.training.freeze import ParameterRow, freeze, summary
 from core.training.heartbeat import Heartbeat, end_process
+from core.training.lora import Adapters
 from core.training.optimizer import Optimizer
 from core.training.resume import Origin, load_weights
 from core.training.together import Together
@@ -54,18 +56,11 @@ STALL_LIMIT_S = 1800.0
 
 def run(ctx: RunContext, spec: TrainingSpec) -> None:
     """Train, keep checkpoints, publish them. Raises Stopped after a stop that was asked for."""
-    _refuse_unsupported(spec)
     accelerator = get_accelerator(ctx.device, ctx.local_rank)
     with process_group(ctx, accelerator), errors_of_other_ranks(ctx):
         outcome = _train(ctx, spec, accelerator)
     if outcome is Outcome.STOPPED:
         raise Stopped
-
-
-def _refuse_unsupported(spec: TrainingSpec) -> None:
-    """Refuse what this version cannot do, should the submission have let it through."""
-    if spec.lora is not None:
-        raise UnsupportedOption("lora is not supported yet; leave it out to train all weights that are not frozen")
 
 
 def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Outcome:
@@ -86,19 +81,25 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
     given = ctx.inputs.get("resume_from")
     origin = Origin.find(checkpoints, given.path if given else None)
     facts = _new_facts(spec, dataset)
+    adapters = Adapters.of(spec, config)
 
     with Together(mesh):
         if origin is not None:
             facts = origin.resumed(facts, spec, ctx)
         chunks = [_build(family, config, stage, accelerator, spec) for stage in own_stages]
         model = join(chunks)
-        table = freeze(model, spec.freeze)
+        table = freeze(model, spec.freeze, all_weights=adapters is not None)
         held = shard_chunks(chunks, family.plan, mesh)
+        if adapters is not None:
+            more_rows, more_held = adapters.attach(chunks, own_stages, family.plan, mesh)
+            table, held = [*table, *more_rows], {**held, **more_held}
         _allocate(model, accelerator, spec)
-        load_weights(
-            model,
-            origin.weights(facts, config, own_stages, mesh) if origin else _weights(ctx, config, own_stages, mesh),
-        )
+        weights = [origin.weights(facts, config, own_stages, mesh)] if origin is not None else []
+        if origin is None and adapters is not None:
+            weights.append(adapters.initial(own_stages, mesh))
+        if origin is None or adapters is not None:  # checkpoints of adapters have them alone
+            weights.append(_weights(ctx, config, own_stages, mesh))
+        load_weights(model, chain.from_iterable(weights))
     optimizer = Optimizer(model, spec.optimizer, mesh, held=held)
     with Together(mesh):
         if origin is not None and origin.loads_optimizer(spec):
@@ -133,13 +134,15 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
     ):
         trainer.heartbeat = heartbeat
         outcome = trainer.train(loader)
-    if mesh.rank == 0:
-        finished = outcome is Outcome.FINISHED
-        publish(
-            ctx, checkpoints, finished=finished, metadata={**_metadata(family, config_json, spec), "trained": counts}
-        )
-        if finished:  # nothing resumes from here any more; the artifacts hold the same files
-            shutil.rmtree(ctx.job_dir / "checkpoints")
+    finished = outcome is Outcome.FINISHED
+    metadata = {**_metadata(family, config_json, spec), "trained": counts}
+    if adapters is not None:
+        probe = largest_batch(dataset, spec, mesh, own_stages[0], config, accelerator) if finished else None
+        publish_adapted(ctx, spec, trainer, adapters, metadata=metadata, probe=probe)
+    elif mesh.rank == 0:
+        publish(ctx, checkpoints, finished=finished, metadata=metadata)
+    if finished and mesh.rank == 0:  # nothing resumes from here any more; the artifacts hold the same files
+        shutil.rmtree(ctx.job_dir / "checkpoints")
     return outcome
 
 

@@ -68,11 +68,14 @@ class RecomputeSpecs(Spec):
 
 
 class LoraSpec(Spec):
-    """Low-rank adapters (Hu et al. 2021)."""
+    """Low-rank adapters (Hu et al. 2021) in the towers that are not frozen; whole weights are not trained."""
 
-    r: int = Field(8, ge=1, le=1024)
-    alpha: float = Field(16, gt=0)
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("linear_qkv", "linear_proj")
+    r: int = Field(8, ge=1, le=1024, description="Rank of the adapters.")
+    alpha: float = Field(16, gt=0, description="The update is scaled by alpha / r.")
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        ("linear_qkv", "linear_proj"),
+        description="Linear layers that get one: linear_qkv, linear_proj, linear_fc1, linear_fc2.",
+    )
 
 
 class CheckpointSpec(Spec):
@@ -121,7 +124,9 @@ class TrainingSpec(JobInputs):
     optimizer: OptimizerSpec = OptimizerSpec()
     freeze: FreezeSpec = FreezeSpec()
     recompute: RecomputeSpecs = RecomputeSpecs()
-    lora: LoraSpec | None = None
+    lora: LoraSpec | None = Field(
+        None, description="Train adapters instead of whole weights; outputs: checkpoint (merged) and adapter."
+    )
     checkpoint: CheckpointSpec = CheckpointSpec()
     resume_from: ArtifactRef | None = Field(
         None, description="A training checkpoint to go on from, with its data position."

@@ -121,14 +121,15 @@ class Adapters:
             for name, value, rule in zip(adapter_names(site.name), values, site.layer.adapter_cuts, strict=True):
                 yield site.prefix + name, cut(value, rule, tp_size=mesh.tp_size, tp_rank=mesh.tp_rank)
 
-    def write_peft(self, checkpoint: Path, parallel: ParallelSpec, target: Path, *, base_model: str | None) -> None:
-        """Write PEFT's two files from the rank files of a checkpoint (its iteration folder)."""
+    def write_peft(self, checkpoint: Path, parallel: ParallelSpec, target: Path, *, base_model: str | None) -> int:
+        """Write PEFT's two files from the rank files of a checkpoint (its iteration folder); return the number of tensors."""
         tensors = self.peft_tensors(checkpoint, parallel)
         alpha = int(self.alpha) if float(self.alpha).is_integer() else self.alpha
         names = [key.removeprefix(PREFIX) for key in tensors]
         config_json = new_adapter_config(names, r=self.r, lora_alpha=alpha, base_model=base_model)
         save_file(tensors, target / ADAPTER_FILE, metadata={"format": "pt"})
         (target / ADAPTER_CONFIG).write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
+        return len(tensors)
 
     def peft_tensors(self, checkpoint: Path, parallel: ParallelSpec) -> dict[str, Tensor]:
         """Put the adapters of a checkpoint's rank files together, by PEFT's keys."""

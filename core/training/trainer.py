@@ -30,6 +30,7 @@ from core.specs.training import TrainingSpec
 from core.training.checkpoint import Checkpoints, Contents, Facts, Position
 from core.training.checks import FirstStep, OutOfMemory
 from core.training.heartbeat import Heartbeat
+from core.training.lora import adapter_weights
 from core.training.meters import Meters, log_line, mindspeed_line
 from core.training.optimizer import Optimizer, build_schedule
 from core.training.wiring import Head
@@ -202,7 +203,7 @@ class Trainer:
         began = time.perf_counter()
         wanted = self.spec.checkpoint
         contents = Contents(
-            self.model.state_dict(),
+            adapter_weights(self.model) if self.spec.lora else self.model.state_dict(),
             self.optimizer.state_dict() if wanted.save_optim else None,
             {"host": torch.get_rng_state(), "device": self.accelerator.rng_state()} if wanted.save_rng else None,
         )

@@ -181,10 +181,34 @@ class TestRefusals:
         assert isinstance(error, ForbiddenPath)
         assert "allowed roots" in (error.hint or "")
 
-    def test_what_the_engine_cannot_do_yet(self, database: Database, settings: Settings) -> None:
-        error = self.refuse(database, settings, "training", {"lora": {"r": 8}})
-        assert isinstance(error, UnsupportedOption)
-        assert "spec.lora" in error.message
+    @pytest.mark.parametrize(
+        ("change", "message", "hint"),
+        [
+            ({"target_modules": ["q_proj"]}, "q_proj is no linear layer", "q_proj is part of linear_qkv"),
+            ({"target_modules": ["linear_qkv", "router"]}, "router is no linear layer", None),
+        ],
+    )
+    def test_lora_on_layers_that_the_model_does_not_have(
+        self, database: Database, settings: Settings, change: dict[str, Any], message: str, hint: str | None
+    ) -> None:
+        error = self.refuse(database, settings, "training", {"lora": change})
+        assert isinstance(error, InvalidSpec)
+        assert message in error.message
+        assert error.hint == hint
+
+    def test_lora_of_a_tower_in_which_nothing_gets_an_adapter(self, database: Database, settings: Settings) -> None:
+        error = self.refuse(database, settings, "training", {"lora": {}, "freeze": {"vision_projector": False}})
+        assert "spec.freeze.vision_projector is false" in error.message
+        assert "linear_fc1, linear_fc2" in (error.hint or "")
+
+    def test_lora_that_resumes_from_another_job_or_is_resumed_from(
+        self, database: Database, settings: Settings
+    ) -> None:
+        with database.write() as session:
+            merged = add_artifact(session, "mm_checkpoint", {"iteration": 4, "lora": {"r": 8}})
+        resume = {"resume_from": {"artifact": merged.id}}
+        for change, message in ((resume | {"lora": {}}, "its own attempts resume"), (resume, "give it as model")):
+            assert message in self.refuse(database, settings, "training", change).message
 
     def test_rows_longer_than_seq_length(self, database: Database, settings: Settings) -> None:
         with database.write() as session:

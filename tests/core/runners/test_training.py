@@ -27,7 +27,6 @@ from core.errors import (
     IncompatiblePlan,
     InvalidDataset,
     InvalidSpec,
-    UnsupportedOption,
 )
 from core.models.batch import PackedBatch
 from core.models.hf_folder import inspect_hf_folder
@@ -314,10 +313,6 @@ class TestRefusals:
     def test_layers_that_do_not_add_up(self, bench: Bench) -> None:
         with pytest.raises(IncompatiblePlan, match="adds up to 3"):
             training.run(bench.context(spec := training_spec({**WHOLE, "llm_pp_layers": [[3]]})), spec)
-
-    def test_what_this_version_cannot_do(self, bench: Bench) -> None:
-        with pytest.raises(UnsupportedOption):
-            training.run(bench.context(spec := training_spec(lora={})), spec)
 
 
 class TestAgainstTransformers:
