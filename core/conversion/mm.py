@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MMWeights", "rank_dir", "rank_tree", "write_rank_file", "write_tracker"]
 
+_VIT, _LLM = "image_encoder.encoder.blocks.layers.", "text_decoder.decoder.layers."
 CHECKPOINT_VERSION = 3.0
 """From this version on Megatron does not re-order qkv while loading."""
 
@@ -95,7 +96,10 @@ class MMWeights:
         seen: dict[tuple[str, int, int], _Piece] = {}
         for rank in self._layouts(config, parallel, trees):
             file = files[rank.pp_rank, rank.tp_rank]
-            models = _models(trees[rank.pp_rank, rank.tp_rank], rank, file, config)
+            try:
+                models = _models(trees[rank.pp_rank, rank.tp_rank], rank, file, config)
+            except IncompatiblePlan as error:
+                raise IncompatiblePlan(error.message, hint=_layout_hint(trees)) from error
             for layouts, model in zip(rank.chunks, models, strict=True):
                 for piece in _pieces(layouts, model, file):
                     self._add(piece, seen)
@@ -221,12 +225,20 @@ def _models(tree: Any, rank: RankLayout, file: Path, config: Config) -> list[dic
     return models
 
 
+def _layout_hint(trees: Mapping[tuple[int, int], Any]) -> str | None:
+    """What the rank files themselves say of their layout: the layers of each chunk of each pipeline rank."""
+    first = [tree for (_, tp_rank), tree in sorted(trees.items()) if tp_rank == 0 and isinstance(tree, dict)]
+    keys = sorted({key for tree in first for key in tree if re.fullmatch(r"model\d*", str(key))}, key=_natural)
+    llm, vit = ([[_count_layers(tree.get(key, {}), tower) for tree in first] for key in keys] for tower in (_LLM, _VIT))
+    return f"the rank files hold llm_pp_layers {llm}, vit_pp_layers {vit}" if keys else None
+
+
 def _is_extra_state(name: object, value: object) -> bool:
     return str(name).endswith("_extra_state") and not isinstance(value, PtTensor)
 
 
 def _check_names(model: Mapping[str, object], layouts: Mapping[str, TensorLayout], where: str, config: Config) -> None:
-    for tower in ("image_encoder.encoder.blocks.layers.", "text_decoder.decoder.layers."):
+    for tower in (_VIT, _LLM):
         has, wants = _count_layers(model, tower), _count_layers(layouts, tower)
         if has != wants:
             raise IncompatiblePlan(f"{where} has {has} layers {tower}*, but the layout given makes it {wants}")

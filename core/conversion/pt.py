@@ -206,6 +206,7 @@ class _Unpickler(pickle.Unpickler):
                 f"{self._path} wants to load {module}.{name}, which is refused: only tensors, plain containers and "
                 "argparse.Namespace are read",
                 code="unsafe_checkpoint",
+                hint="torch.load with weights_only=False would run it; get the checkpoint from someone you trust",
             )
         return known
 

@@ -312,8 +312,15 @@ class Planner:
             raise InvalidSpec(
                 f"spec.source_parallel differs from the layout that the source records: {_dump(known)}; leave it out"
             )
-        if known is None and source.config is not None and spec.source_parallel is not None:
-            stages(source.config, spec.source_parallel)
+        if known is None and spec.source_parallel is not None:
+            wanted, there = (spec.source_parallel.tp_size, spec.source_parallel.pp_size), _ranks(source)
+            if there not in (None, wanted):
+                raise IncompatiblePlan(
+                    f"spec.source_parallel makes it tp {wanted[0]} x pp {wanted[1]}, "
+                    f"but the source has rank files of tp {there[0]} x pp {there[1]}"
+                )
+            if source.config is not None:
+                stages(source.config, spec.source_parallel)
 
     def _dataset(self, spec: DatasetSpec, subjects: Mapping[str, Subject]) -> None:
         source = subjects["source"]
@@ -588,6 +595,13 @@ def _check_adapter_fields(spec: ConversionSpec, kind: str) -> None:
         raise InvalidSpec(f"spec.lora_alpha has no effect: the source is no adapter but of kind {kind}")
     if kind == "hf_model" and spec.hf_source is not None:
         raise InvalidSpec("spec.hf_source has no effect: the source is a Hugging Face folder itself")
+
+
+def _ranks(source: Subject) -> tuple[int, int] | None:
+    """(tp, pp) of the rank files, where they have been looked at."""
+    if "tp_size" not in source.metadata:
+        return None
+    return source.metadata["tp_size"], source.metadata["pp_size"]
 
 
 def _check_verify(spec: ConversionSpec, source: Subject) -> None:

@@ -257,7 +257,10 @@ class _Watch:
         """Check the free space."""
         free = shutil.disk_usage(self._target).free
         if to_write + SPARE_BYTES > free:
-            raise DiskFull(f"the conversion writes {to_write + SPARE_BYTES} bytes, but {free} are free")
+            raise DiskFull(
+                f"the conversion writes {to_write + SPARE_BYTES} bytes, but {free} are free in {self._target}",
+                hint="free some, or have TEMPER_STORE on a larger disk",
+            )
         self._total = total_bytes
         self._tell()
 

@@ -28,7 +28,7 @@ class ConversionSpec(JobInputs):
     max_shard_bytes: int | None = Field(
         None, ge=1 << 16, description="mm_to_hf: largest safetensors file; the source's own shards if absent."
     )
-    verify: bool | Literal["logits"] = Field(
+    verify: Literal[False, True, "logits"] = Field(
         False,
         description="Read the output back from the disk and compare every weight with its source; logits: also run the first, "
         "middle and last layers of both forms (Hugging Face's by transformers, mm by Temper) and compare their logits.",

@@ -462,9 +462,11 @@ class TestBrokenCheckpoints:
     def test_a_wrong_source_parallel(
         self, source: HFFolder, mm_dir: Path, tmp_path: Path, parallel: ParallelSpec, message: str
     ) -> None:
-        with pytest.raises(IncompatiblePlan, match=message):
+        with pytest.raises(IncompatiblePlan, match=message) as caught:
             export(mm_dir, source, parallel, tmp_path / "back")
         assert not (tmp_path / "back").exists()
+        if parallel.tp_size == 2:
+            assert caught.value.hint == "the rank files hold llm_pp_layers [[1, 3]], vit_pp_layers [[3, 0]]"
 
     def test_a_missing_tensor(self, source: HFFolder, mm_dir: Path, tmp_path: Path) -> None:
         edit_rank(mm_dir, "mp_rank_01_001", **{"text_decoder.output_layer.weight": None})

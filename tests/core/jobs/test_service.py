@@ -163,6 +163,14 @@ class TestRefusals:
                 submit(session, settings, "evaluation", {"model": {"job": job.id}, "prompts": [{"text": "What?"}]})
             assert caught.value.code == "wrong_artifact_kind"
 
+    def test_a_source_layout_that_the_rank_files_contradict(self, database: Database, settings: Settings) -> None:
+        with database.write() as session:
+            source = add_artifact(session, "mm_checkpoint", {"config": QWEN_7B, "tp_size": 2, "pp_size": 1})
+            spec = {"operation": "mm_to_hf", "source": {"artifact": source.id}, "source_parallel": LAYOUT_7B}
+            wanted = f"makes it tp 1 x pp {len(LAYOUT_7B['llm_pp_layers'][0])}, .* rank files of tp 2 x pp 1"
+            with pytest.raises(IncompatiblePlan, match=wanted):
+                submit(session, settings, "conversion", spec)
+
     def test_a_canonical_checkpoint_of_several_ranks(self, database: Database, settings: Settings) -> None:
         change = {"parallel": {**LAYOUT_7B, "tp_size": 2}, "canonical": True}
         error = self.refuse(database, settings, "conversion", change)
