@@ -21,7 +21,7 @@ from core.conversion.apply import (
 from core.conversion.hf import HFWeights
 from core.conversion.mm import MMWeights
 from core.conversion.writing import Quiet, SharedWatch, in_threads
-from core.errors import AppError, UnknownWeights
+from core.errors import AppError, CorruptCheckpoint, UnknownWeights
 from core.models.hf_folder import listed
 from core.models.layout import Block, TensorLayout
 from core.models.mapping import Shape, width
@@ -78,10 +78,16 @@ def check_equal(
 ) -> None:
     """Raise VerificationFailed unless `second`, just written, has every weight of `first` (cast to its type), and equal replicas."""
     second.from_disk()
-    different = second.differing_replicas() if isinstance(second, MMWeights) else ([], [])
-    names = [*different[0], *different[1], *differing(shapes, first, second, watch)]
+    try:
+        different = second.differing_replicas() if isinstance(second, MMWeights) else ([], [])
+        names = [*different[0], *different[1], *differing(shapes, first, second, watch)]
+    except CorruptCheckpoint as error:
+        raise VerificationFailed(f"what was written is not what was read: {error.message}", hint=_HINT) from error
     if names:
-        raise VerificationFailed(f"what was written is not what was read: {listed(names)}", hint="is the disk sound?")
+        raise VerificationFailed(f"what was written is not what was read: {listed(names)}", hint=_HINT)
+
+
+_HINT = "is the disk sound?"
 
 
 def differing(

@@ -334,9 +334,12 @@ class TestVerify:
                 block[50_000] ^= 1
             return write(writer, memoryview(block))
 
+        made = jobs.run({"operation": "hf_to_mm", "parallel": PARALLEL}, source=model)
         monkeypatch.setattr(HashingWriter, "write", flipping)
-        with pytest.raises(VerificationFailed, match=r"not what was read: .*embed_tokens"):
+        with pytest.raises(VerificationFailed, match=r"not what was read: .* is damaged: its CRC-32"):
             jobs.run({"operation": "hf_to_mm", "parallel": PARALLEL, "verify": True}, source=model)
+        with pytest.raises(VerificationFailed, match=r"not what was read: .*embed_tokens"):
+            jobs.run({"operation": "mm_to_hf", "verify": True}, source=made)
         assert not jobs.unfinished()
 
     def test_a_broken_source_leaves_nothing(self, jobs: Jobs, model: InputArtifact) -> None:
