@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from core.db.migrate import upgrade
 from core.db.session import Database
 from core.settings import Settings
 from tests.services import REPOSITORY, Postgres, RedisServer, running_postgres, running_redis
+
+settings.register_profile("temper", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("temper")
 
 
 @pytest.fixture(scope="session")

@@ -190,7 +190,7 @@ def build_batch(
     tokens and images of a row disagree or the batch is larger than what it shall be filled up to.
     """
     return _pack(
-        [_part(row, config, processing, videos or VideoProcessing.like(processing), with_pixels) for row in rows],
+        [_part(row, config, processing, videos, with_pixels) for row in rows],
         config,
         processing=processing,
         with_pixels=with_pixels,
@@ -270,7 +270,9 @@ class _Part:
         return tokens + sum(values.nbytes for values in self.pixels)
 
 
-def _part(row: Row, config: Config, images: ImageProcessing, videos: VideoProcessing, with_pixels: bool) -> _Part:
+def _part(
+    row: Row, config: Config, images: ImageProcessing, videos: VideoProcessing | None, with_pixels: bool
+) -> _Part:
     _check_media_tokens(row, config, images)
     return _Part(
         row=row.index,
@@ -311,7 +313,7 @@ def _check_media_tokens(row: Row, config: Config, processing: ImageProcessing) -
             )
 
 
-def _pixels(row: Row, images: ImageProcessing, videos: VideoProcessing) -> list[np.ndarray]:
+def _pixels(row: Row, images: ImageProcessing, videos: VideoProcessing | None) -> list[np.ndarray]:
     pixels = []
     for medium in row.media:
         try:

@@ -181,9 +181,13 @@ class VideoProcessing:
         return self.frames.patchify(kept, grid)
 
 
-def load_medium(medium: Medium, images: ImageProcessing, videos: VideoProcessing) -> npt.NDArray[np.float32]:
-    """Patches [P, D] of an image or a video; raises MediaError, also if the file is no longer the one that was planned."""
+def load_medium(medium: Medium, images: ImageProcessing, videos: VideoProcessing | None) -> npt.NDArray[np.float32]:
+    """Patches [P, D] of an image, or of a video, for which `videos` is needed.
+
+    Raises MediaError, also if the file is no longer the one that was planned.
+    """
     if medium.is_video:
+        assert videos is not None, "nobody said how videos are processed"
         return videos.load(medium)
     pixels, grid = images.load(medium.paths[0])
     check_grid(medium, grid)

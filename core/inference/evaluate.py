@@ -94,7 +94,7 @@ def answer(
     Images and videos of a batch are decoded while the one before is being answered. After `should_stop` the rest stays empty.
     """
     answers = [Answer("", 0, finished=False)] * len(questions)
-    loading = processing, videos or VideoProcessing.like(processing)
+    loading = processing, videos
     generator = torch.Generator().manual_seed(seed)
     batches = plan_batches(
         [len(question.input_ids) for question in questions],
@@ -164,12 +164,12 @@ def _held_out(row: Row, messages: Sequence[dict[str, Any]]) -> Question:
 
 
 def _prompts(
-    questions: Sequence[Question], batch: Sequence[int], images: ImageProcessing, videos: VideoProcessing
+    questions: Sequence[Question], batch: Sequence[int], images: ImageProcessing, videos: VideoProcessing | None
 ) -> list[Prompt]:
     return [_prompt(questions[index], images, videos) for index in batch]
 
 
-def _prompt(question: Question, images: ImageProcessing, videos: VideoProcessing) -> Prompt:
+def _prompt(question: Question, images: ImageProcessing, videos: VideoProcessing | None) -> Prompt:
     pixels = [np.empty((0, images.patch_dim), np.float32)]
     for medium in question.media:
         try:

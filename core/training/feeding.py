@@ -106,6 +106,7 @@ def largest_batch(
         [dataset.row(row) for row in largest_micro_batch(plans, dataset.lengths, dataset.patches)],
         config,
         processing=dataset.meta.image_processing,
+        videos=dataset.meta.video_processing,
         with_pixels=stage.has_patch_embed,
         pad_to_tokens=token_budget if accelerator.static_shapes else None,
         pad_to_patches=patch_budget,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from core.conversion.convert import hf_to_mm
+from core.data.dataset import TokenisedDataset
 from core.data.media import ImageProcessing, UnreadableMedia
 from core.data.pipeline import Options, build
+from core.data.video import VideoProcessing
 from core.errors import ForbiddenPath
 from core.models.hf_folder import inspect_hf_folder
 from core.runners.context import InputArtifact, RunContext, Stopped
@@ -25,6 +28,7 @@ from core.specs.evaluation import EvaluationSpec
 from core.specs.parallel import ParallelSpec
 from core.storage.local import Store
 from tests.tiny import tiny_model
+from tests.videos import pictures, write_animation
 
 SIZES = ((60, 40), (28, 84), (90, 90))
 ANYTHING = {"artifact": "art_01k0a2b3c4d5e6f7g8h9j0kmnp"}
@@ -48,9 +52,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, size in enumerate(SIZES):
         pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
         Image.fromarray(pixels).save(source / "images" / f"{number}.png")
+    write_animation(source / "images" / "a.gif", pictures(12, width=112, height=56))
     rows: list[dict[str, Any]] = [
         {
             "images": [f"{n}.png" for n in images],
+            "videos": ["a.gif"] * turns[0]["content"].count("<video>"),
             "messages": turns,
             "split": "train" if index == 0 else "validation",
         }
@@ -64,7 +70,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             annotations="rows.json",
             media_root="images",
             tokenizer_dir=root / "model",
-            processing=ImageProcessing.from_model_dir(root / "model"),
+            processing=(processing := ImageProcessing.from_model_dir(root / "model")),
+            videos=VideoProcessing.like(processing, max_pixels=56 * 112),
         ),
         root / "dataset",
         num_workers=0,
@@ -81,6 +88,7 @@ ROWS: list[tuple[list[int], list[dict[str, str]]]] = [
     ([0], turns("<image>What is in the picture?", "A red circle.")),
     ([], turns("How many?", "Three.", "And large ones?", "One.")),
     ([1, 2], turns("<image><image>Describe the image.", "The picture shows a red circle.")),
+    ([2], turns("<video>What is in the picture? <image>", "A photo of a dog.")),
 ]
 PARALLEL = ParallelSpec(tp_size=1, llm_pp_layers=((0, 2),), vit_pp_layers=((2, 0),))
 
@@ -126,12 +134,13 @@ def hf_answer(folder: Path, row: int, max_new_tokens: int) -> str:
     images, messages = ROWS[row]
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model")
-    vision = [{"type": "image"}]
     chat = [
         {
             "role": turn["role"],
-            "content": vision * turn["content"].count("<image>")
-            + [{"type": "text", "text": turn["content"].replace("<image>", "")}],
+            "content": [
+                {"type": part[1:-1]} if part in ("<image>", "<video>") else {"type": "text", "text": part}
+                for part in re.split("(<image>|<video>)", turn["content"])
+            ],
         }
         for turn in messages[:-1]
     ]
@@ -144,17 +153,23 @@ def hf_answer(folder: Path, row: int, max_new_tokens: int) -> str:
         for grid in inputs["image_grid_thw"]:
             text = text.replace("<|image_pad|>", "<|placeholder|>" * (int(grid.prod()) // 4), 1)
         text = text.replace("<|placeholder|>", "<|image_pad|>")
+    if "<|video_pad|>" in text:
+        dataset = TokenisedDataset(folder / "dataset", "validation")
+        video = dataset.row(row - 1).media[0]
+        inputs["pixel_values_videos"] = torch.from_numpy(dataset.meta.video_processing.load(video))
+        inputs["video_grid_thw"] = torch.tensor([video.grid])
+        inputs["second_per_grid_ts"] = torch.tensor([video.seconds_per_grid])
+        text = text.replace("<|video_pad|>", "<|video_pad|>" * (video.num_patches // 4))
     ids = tokenizer(text, return_tensors="pt").input_ids
     if images:
         inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+        inputs["mm_token_type_ids"] += 2 * (ids == model.config.video_token_id).int()
     out = model.generate(input_ids=ids, **inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
 def hf_loss(folder: Path, held_out: list[int]) -> float:
     """Mean cross entropy of transformers' model over the trained tokens of held-out rows."""
-    from core.data.dataset import TokenisedDataset
-
     dataset = TokenisedDataset(folder / "dataset", "validation")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model")
     losses = []
@@ -179,7 +194,7 @@ class TestHeldOutRows:
         spec = {"dataset": ANYTHING, "generation": {"max_new_tokens": 6}}
         report = Job(tmp_path, folder, spec, {"dataset": "dataset"}).report()
         assert [answer["model"]["text"] for answer in report["answers"]] == [
-            hf_answer(folder, row, 6) for row in (1, 2, 3)
+            hf_answer(folder, row, 6) for row in (1, 2, 3, 4)
         ]
 
     def test_both_models_stand_side_by_side_with_the_reference(self, tmp_path: Path, folder: Path) -> None:
@@ -195,14 +210,17 @@ class TestHeldOutRows:
             "A red circle.",
             "One.",
             "The picture shows a red circle.",
+            "A photo of a dog.",
         ]
-        assert [answer["row"] for answer in report["answers"]] == [2, 3, 4]
+        assert [answer["row"] for answer in report["answers"]] == [2, 3, 4, 5]
+        assert report["answers"][3]["images"] == ["2.png"]
+        assert report["answers"][3]["videos"] == [{"path": "a.gif", "frames": 12, "frames_taken": 4, "seconds": 1.2}]
         assert report["answers"][2]["images"] == ["1.png", "2.png"]
         assert [turn["content"] for turn in report["answers"][1]["messages"]][-2:] == ["Three.", "And large ones?"]
         assert report["scores"].keys() == {"exact_match", "rouge_l", "loss"}
         assert report["scores"]["loss"]["model"] != report["scores"]["loss"]["base"]
         assert any(answer["model"]["text"] != answer["base"]["text"] for answer in report["answers"])
-        assert job.events("progress")[-1]["done"] == job.events("progress")[-1]["total"] == 6
+        assert job.events("progress")[-1]["done"] == job.events("progress")[-1]["total"] == 8
         assert job.events("metric")[-1]["values"].keys() == {
             f"{side}{metric}" for side in ("", "base_") for metric in report["scores"]
         }

@@ -21,6 +21,7 @@ from core.data import loader
 from core.data.dataset import Row, TokenisedDataset, TokenWriter
 from core.data.media import ImageProcessing, Medium
 from core.data.plan import plan_step
+from core.data.video import VideoProcessing, load_medium
 from core.device.cpu import CpuAccelerator
 from core.errors import (
     CorruptCheckpoint,
@@ -38,6 +39,7 @@ from core.specs.parallel import ParallelSpec
 from core.specs.training import TrainingSpec
 from core.storage.local import Store
 from tests.tiny import TinyShape, tiny_model
+from tests.videos import pictures, write_animation
 
 WHOLE = {"llm_pp_layers": [[2]], "vit_pp_layers": [[2]]}
 SPLIT = {"llm_pp_layers": [[0, 2]], "vit_pp_layers": [[2, 0]]}
@@ -58,8 +60,9 @@ def untied_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_dataset(folder: Path, config: Config) -> Path:
-    """Rows of random text, every other one with an image."""
+    """Rows of random text, every other one with an image, one in four with a video."""
     processing = ImageProcessing()
+    videos = VideoProcessing.like(processing, max_pixels=56 * 56)
     random = np.random.default_rng(5)
     (folder / "media").mkdir(parents=True)
     with TokenWriter(folder) as writer:
@@ -72,6 +75,12 @@ def write_dataset(folder: Path, config: Config) -> Path:
                 media = [Medium((Path(f"{row}.png"),), processing.grid(height, width))]
                 ids += [config.vision_start_token_id]
                 ids += [config.image_token_id] * processing.num_tokens(media[0].grid) + [config.vision_end_token_id]
+            if row % 4 == 1:
+                path = write_animation(folder / f"media/{row}.gif", pictures(8, width=40 * row, height=60))
+                video = videos.plan([Path(path.name)], videos.probe([path]))
+                media = [video]
+                ids += [config.vision_start_token_id]
+                ids += [config.video_token_id] * processing.num_tokens(video.grid) + [config.vision_end_token_id]
             ids += random.integers(0, 100, 6).tolist()
             trained = np.zeros(len(ids), np.uint8)
             trained[-4:] = 1
@@ -86,6 +95,7 @@ def write_dataset(folder: Path, config: Config) -> Path:
             video_token_id=config.video_token_id,
             pad_token_id=0,
             image_processing=processing,
+            video_processing=videos,
         )
     return folder
 
@@ -346,13 +356,16 @@ def as_transformers(row: Row, dataset: TokenisedDataset, config: Config) -> dict
     labels[0, 1:] = torch.from_numpy(row.targets[:-1])
     if not row.media:
         return {"input_ids": ids, "labels": labels}
-    pixels = [dataset.meta.image_processing.load(image.paths[0])[0] for image in row.media]
+    (medium,) = row.media
+    pixels = load_medium(medium, dataset.meta.image_processing, dataset.meta.video_processing)
+    of_a_video = "_videos" if medium.is_video else ""
     return {
         "input_ids": ids,
         "labels": labels,
-        "pixel_values": torch.from_numpy(np.concatenate(pixels)),
-        "image_grid_thw": torch.tensor(row.grid_thw),
-        "mm_token_type_ids": (ids == config.image_token_id).int(),
+        f"pixel_values{of_a_video}": torch.from_numpy(pixels),
+        f"{'video' if medium.is_video else 'image'}_grid_thw": torch.tensor(row.grid_thw),
+        "mm_token_type_ids": (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int(),
+        **({"second_per_grid_ts": torch.tensor(row.seconds_per_grid)} if medium.is_video else {}),
     }
 
 
@@ -414,9 +427,9 @@ class TestUnderTorchrun:
             token_budget=spec.micro_batch_size * spec.seq_length,
         )  # fmt: skip
         row = next(row for rows in plan.micro_batches[1] for row in rows if dataset.patches[row])
-        (bench.dataset.path / "media" / f"{row}.png").write_bytes(b"no image")
+        dataset.row(row).media[0].paths[0].write_bytes(b"no image")
         result = bench.torchrun(spec, 2)
         assert result.returncode != 0
         (failed,) = bench.events("error")
         assert failed["code"] == "unreadable_media"
-        assert failed["message"].startswith(f"rank 1: row {row + 1}: image")
+        assert failed["message"].startswith(f"rank 1: row {row + 1}: ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def tiny_config(*, tied: bool = False, vit_layers: int = 4, llm_layers: int = 4)
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: tokens, which of them are learnt, and its images."""
+    """One row: tokens, which of them are learnt, and its images and videos."""
 
     row: int
     input_ids: tuple[int, ...]
@@ -98,14 +99,15 @@ class Sample:
 
 
 def samples(count: int, *, with_images: bool = True) -> list[Sample]:
-    """Rows of different lengths; two in three with an image, each of another size."""
+    """Rows of different lengths: one in three with an image, one in three with a video, each of another size."""
     generator = torch.Generator().manual_seed(11)
     made = []
     for row in range(count):
         grids: tuple[tuple[int, int, int], ...] = ()
         if with_images and row % 3 != 1:
-            grids = ((1, 4, 4 + 2 * (row % 2)),)
-        image = [START, *[IMAGE] * (grids[0][1] * grids[0][2] // 4), END] if grids else []
+            size = 4 + 2 * (row % 2)
+            grids = ((1, 4, size),) if row % 3 == 0 else ((size // 2, 4, 2),)
+        image = [START, *[IMAGE if grids[0][0] == 1 else VIDEO] * (math.prod(grids[0]) // 4), END] if grids else []
         text = torch.randint(0, IMAGE, (5 + row % 4,), generator=generator).tolist()
         ids = (*image, *text)
         made.append(Sample(row, ids, len(image) + 2, grids))
@@ -121,7 +123,9 @@ def pack(rows: Sequence[Sample], config: Config, reduction: LossReduction = "tok
         targets += [*learnt[1:], -100]
         for t, h, w in sample.grids:
             pixels.append(torch.randn(t * h * w, PATCH_DIM, generator=torch.Generator().manual_seed(sample.row)))
-    positions = [mrope_positions(list(sample.input_ids), sample.grids, config) for sample in rows]
+    positions = [
+        mrope_positions(list(sample.input_ids), sample.grids, config, [0.5] * len(sample.grids)) for sample in rows
+    ]
     return PackedBatch(
         input_ids_T=torch.tensor([token for sample in rows for token in sample.input_ids], dtype=torch.int64),
         position_ids_3T=torch.cat([torch.empty(3, 0, dtype=torch.int64), *positions], dim=1),
