@@ -62,6 +62,17 @@ class Settings(BaseSettings):
     tick_s: float = Field(1.0, gt=0, description="Seconds between runs of the scheduler.")
     ship_s: float = Field(0.25, gt=0, description="Seconds between shipments of events and log to the database.")
 
+    stall_limit_s: float = Field(
+        1800.0,
+        gt=0,
+        description="Seconds without progress after which a training fails as stalled; 4 times as many for start and checkpoints.",
+    )
+    peak_tflops: float | None = Field(
+        None,
+        gt=0,
+        description="10^12 operations per second that one device can do, for MFU; if absent, known for common devices at bf16.",
+    )
+
     max_body_bytes: int = Field(8 << 20, ge=1024, description="Largest JSON request body.")
     max_chunk_bytes: int = Field(64 << 20, ge=1024, description="Largest upload chunk.")
     max_upload_bytes: int = Field(1 << 40, ge=1, description="Largest upload.")

@@ -1,6 +1,6 @@
 """What the README says exists: commands, settings, and specs that the service accepts.
 
-`python -m tests.test_readme` writes the table of settings.
+`python -m tests.test_readme` writes the tables of settings and metrics.
 """
 
 import json
@@ -13,10 +13,11 @@ from pydantic_core import PydanticUndefined
 from api.cli import app
 from core.settings import Settings
 from core.specs import SPECS
+from core.specs.events import TRAINING_METRICS
 from tests.services import REPOSITORY
 
 README = REPOSITORY / "README.md"
-_TABLE = re.compile(r"(<!-- settings:.*?-->\n).*?(<!-- /settings -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- (settings|metrics):[^>]*-->\n).*?(<!-- /(?:settings|metrics) -->)", re.DOTALL)
 
 
 def settings_table() -> str:
@@ -29,16 +30,28 @@ def settings_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def metrics_table() -> str:
+    rows = [f"| `{name}` | {text} |" for name, text in TRAINING_METRICS.items()]
+    return "\n".join(["| metric | what |", "|---|---|", *rows]) + "\n"
+
+
+TABLES = {"settings": settings_table, "metrics": metrics_table}
+
+
+def with_tables(text: str) -> str:
+    return _TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[3]}", text)
+
+
 def cli_commands() -> set[str]:
     named = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
     return named | {str(group.name) for group in app.registered_groups}
 
 
 class TestReadme:
-    def test_the_table_of_settings_is_up_to_date(self) -> None:
-        found = _TABLE.search(README.read_text())
-        assert found
-        assert found[0] == f"{found[1]}{settings_table()}{found[2]}", "run: python -m tests.test_readme"
+    def test_the_tables_are_up_to_date(self) -> None:
+        text = README.read_text()
+        assert [found[2] for found in _TABLE.finditer(text)] == ["metrics", "settings"]
+        assert text == with_tables(text), "run: python -m tests.test_readme"
 
     def test_every_command_shown_exists(self) -> None:
         shown = set(re.findall(r"(?:^|\s|`)temper ([a-z]+)", README.read_text()))
@@ -67,4 +80,4 @@ class TestReadme:
 
 
 if __name__ == "__main__":
-    README.write_text(_TABLE.sub(lambda found: found[1] + settings_table() + found[2], README.read_text()))
+    README.write_text(with_tables(README.read_text()))

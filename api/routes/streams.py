@@ -18,19 +18,11 @@ from core.db.models import Job
 from core.errors import InvalidSpec, NotFound
 from core.jobs import repository, service
 from core.jobs.lifecycle import FINISHED, JobState
+from core.specs.events import TRAINING_METRICS
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["jobs"])
 
-METRICS = (
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "step_time_ms",
-    "tokens_per_second",
-    "tokens_per_second_per_device",
-    "consumed_samples",
-    "memory_peak_bytes",
-)
+METRICS = tuple(TRAINING_METRICS)
 """Series that every answer names, empty or not."""
 
 _MAX_OFFSET = 1 << 50

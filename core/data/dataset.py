@@ -150,6 +150,12 @@ class TokenisedDataset:
             media=tuple(self._medium(i) for i in media),
         )
 
+    def grids(self, index: int) -> list[Grid]:
+        """Grids of the images and videos of the sample at `index`, without reading more of it."""
+        stored = int(self._rows[index])
+        media = slice(int(self._media_offsets[stored]), int(self._media_offsets[stored + 1]))
+        return [(t, h, w) for t, h, w in self._grids[media].tolist()]
+
     def source_row(self, index: int) -> int:
         """Row number in the user's annotation file of the sample at `index`, from 1."""
         return int(self._source_rows[self._rows[index]])

@@ -25,6 +25,7 @@ from core.data.plan import StepPlan
 from core.data.video import VideoProcessing, load_medium
 from core.errors import InvalidDataset
 from core.models.batch import PackedBatch
+from core.models.flops import Work, work_of
 from core.models.positions import mrope_positions
 from core.models.qwen2_5_vl.family import Config
 
@@ -46,12 +47,12 @@ class LoadedStep:
     plan: StepPlan
     num_samples: int
     """Of the global batch."""
-    num_tokens: int
+    work: Work
     """Of the global batch, without padding."""
-    num_targets: int
-    """Learnt tokens of the global batch."""
+    num_images: int
+    """And videos; of the global batch."""
     loss_weight: float
-    """Sum of their weights: what the loss is divided by."""
+    """Sum of the weights of the global batch's targets: what the loss is divided by."""
     micro_batches: Iterator[PackedBatch]
     """This rank's, `plan.num_micro_batches` of them, each ready or awaited when asked for; may be empty batches."""
 
@@ -122,12 +123,14 @@ class StepLoader:
         while True:
             plan = ahead[0][0]
             rows = list(plan.rows)
+            grids = [grid for row in rows for grid in self._dataset.grids(row)]
+            num_targets = self._dataset.num_targets[rows]
             yield LoadedStep(
                 plan=plan,
                 num_samples=len(rows),
-                num_tokens=int(self._dataset.lengths[rows].sum()),
-                num_targets=int(self._dataset.num_targets[rows].sum()),
-                loss_weight=total_weight(self._dataset.num_targets[rows], self._loss_reduction),
+                work=work_of(self._dataset.lengths[rows].tolist(), num_targets.tolist(), grids, self._config.vision),
+                num_images=len(grids),
+                loss_weight=total_weight(num_targets, self._loss_reduction),
                 micro_batches=(next_batch(plan) for _ in range(plan.num_micro_batches)),
             )
             while ahead[0][0] is plan:  # the caller broke off the step

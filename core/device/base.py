@@ -50,6 +50,10 @@ class Accelerator(Protocol):
         """Rotate half against half: x * cos + cat(-x2, x1) * sin, returned in the dtype of `x_TND`."""
         ...
 
+    def device_name(self) -> str:
+        """What the maker calls the device, as `NVIDIA H100 80GB HBM3` or `Ascend910B3`."""
+        ...
+
     def seed(self, seed: int) -> None:
         """Seed the generators of the host and of this device."""
         ...

@@ -35,6 +35,9 @@ class CpuAccelerator(ReferenceOperations):
             return super().rotary(x_TND, cos_TD, sin_TD)
         return fused.Rotary.apply(x_TND, cos_TD, sin_TD)
 
+    def device_name(self) -> str:
+        return "cpu"
+
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 

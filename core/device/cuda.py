@@ -19,6 +19,9 @@ class CudaAccelerator(ReferenceOperations):
         self.device = torch.device("cuda", local_rank)
         torch.cuda.set_device(self.device)
 
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device)
+
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
         torch.cuda.manual_seed(seed)

@@ -69,6 +69,9 @@ class NpuAccelerator(NpuKernels):
         torch_npu.npu.set_compile_mode(jit_compile=False)  # prebuilt kernels: no compilation per shape
         torch_npu.npu.config.allow_internal_format = False
 
+    def device_name(self) -> str:
+        return str(torch_npu.npu.get_device_name(self.device))
+
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
         torch_npu.npu.manual_seed(seed)

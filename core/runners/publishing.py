@@ -40,6 +40,17 @@ def publish(ctx: RunContext, checkpoints: Checkpoints, *, finished: bool, metada
             raise
 
 
+def publish_folder(ctx: RunContext, folder: Path, name: str, *, kind: str) -> None:
+    """Make an artifact of a folder as it is now."""
+    writer = ctx.new_artifact(name, kind)
+    try:
+        shutil.copytree(folder, writer.path, dirs_exist_ok=True)
+        writer.commit({})
+    except BaseException:
+        writer.abort()
+        raise
+
+
 def publish_adapted(
     ctx: RunContext,
     spec: TrainingSpec,

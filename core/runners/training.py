@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -27,6 +27,7 @@ from core.conversion.mm import rank_dir
 from core.data.dataset import TokenisedDataset
 from core.device import Accelerator, get_accelerator
 from core.errors import AppError, IncompatiblePlan, InvalidModel
+from core.models.flops import Lora, ModelFlops, model_flops, peak_flops
 from core.models.hf_folder import read_config
 from core.models.layers.recompute import Recompute, RecomputePolicy
 from core.models.plan import Stage, stages
@@ -34,8 +35,9 @@ from core.models.qwen2_5_vl.family import Config
 from core.models.registry import Family, detect
 from core.parallel.mesh import Mesh, build_mesh
 from core.runners.context import InputArtifact, RunContext, Stopped
-from core.runners.publishing import publish, publish_adapted
+from core.runners.publishing import publish, publish_adapted, publish_folder
 from core.runners.ranks import errors_of_other_ranks, process_group
+from core.settings import Settings
 from core.specs.parallel import ParallelSpec
 from core.specs.training import RecomputeSpec, RecomputeSpecs, TrainingSpec
 from core.training.checkpoint import Checkpoints, Facts, Position
@@ -45,25 +47,32 @@ from core.training.heartbeat import Heartbeat, end_process
 from core.training.lora import Adapters
 from core.training.optimizer import Optimizer
 from core.training.resume import Origin, load_weights
+from core.training.tensorboard import TensorBoard
 from core.training.together import Together
 from core.training.trainer import Outcome, Trainer
 from core.training.wiring import Head, build_pipeline, join, shard_chunks
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-STALL_LIMIT_S = 1800.0
-"""Without progress for so long a training is taken to hang: longer than any phase of a step, a large checkpoint included."""
 
 
 def run(ctx: RunContext, spec: TrainingSpec) -> None:
     """Train, keep checkpoints, publish them. Raises Stopped after a stop that was asked for."""
-    accelerator = get_accelerator(ctx.device, ctx.local_rank)
-    with process_group(ctx, accelerator), errors_of_other_ranks(ctx):
-        outcome = _train(ctx, spec, accelerator)
+    accelerator, settings = get_accelerator(ctx.device, ctx.local_rank), Settings()
+    with (
+        process_group(ctx, accelerator),
+        errors_of_other_ranks(ctx),
+        Heartbeat(
+            ctx.attempt_dir / "heartbeats", ctx.rank, fail=partial(_end, ctx), limit_s=settings.stall_limit_s
+        ) as heartbeat,
+    ):
+        outcome = _train(ctx, spec, accelerator, heartbeat, settings)
     if outcome is Outcome.STOPPED:
         raise Stopped
 
 
-def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Outcome:
+def _train(
+    ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator, heartbeat: Heartbeat, settings: Settings
+) -> Outcome:
     family, config_json = find_config(ctx.inputs["model"])
     config = family.parse_config(config_json)
     all_stages = stages(config, spec.parallel)
@@ -121,19 +130,20 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
         checkpoints=checkpoints,
         facts=facts,
         reporter=ctx,
+        flops=_flops(config, spec),
+        peak_flops=_peak_flops(accelerator, spec, settings),
+        heartbeat=heartbeat,
         saved_at=facts.position.iteration if origin is not None else None,
     )
     if origin is None or not origin.is_own:
         trainer.rehearse(largest_batch(dataset, spec, mesh, own_stages[0], config, accelerator))
     with (
         closing(checkpoints),
-        Heartbeat(
-            ctx.attempt_dir / "heartbeats", ctx.rank, fail=partial(_end, ctx), limit_s=STALL_LIMIT_S
-        ) as heartbeat,
+        _tensorboard(ctx, spec, facts.position) as trainer.tensorboard,
         build_loader(dataset, spec, mesh, own_stages[0], config, accelerator, facts.position) as loader,
     ):
-        trainer.heartbeat = heartbeat
         outcome = trainer.train(loader)
+    heartbeat.stop()
     finished = outcome is Outcome.FINISHED
     metadata = {**_metadata(family, config_json, spec), "trained": counts}
     if adapters is not None:
@@ -141,9 +151,29 @@ def _train(ctx: RunContext, spec: TrainingSpec, accelerator: Accelerator) -> Out
         publish_adapted(ctx, spec, trainer, adapters, metadata=metadata, probe=probe)
     elif mesh.rank == 0:
         publish(ctx, checkpoints, finished=finished, metadata=metadata)
+    if trainer.tensorboard is not None:
+        publish_folder(ctx, ctx.job_dir / "tensorboard", "tensorboard", kind="report")
     if finished and mesh.rank == 0:  # nothing resumes from here any more; the artifacts hold the same files
         shutil.rmtree(ctx.job_dir / "checkpoints")
     return outcome
+
+
+def _flops(config: Config, spec: TrainingSpec) -> ModelFlops:
+    frozen = {tower for tower, is_frozen in spec.freeze if is_frozen}
+    lora = None if spec.lora is None else Lora(spec.lora.r, frozenset(spec.lora.target_modules))
+    return model_flops(config, frozen=frozen, lora=lora)
+
+
+def _peak_flops(accelerator: Accelerator, spec: TrainingSpec, settings: Settings) -> float | None:
+    if settings.peak_tflops is not None:
+        return settings.peak_tflops * 1e12
+    return peak_flops(accelerator.device_name(), spec.precision)
+
+
+def _tensorboard(ctx: RunContext, spec: TrainingSpec, position: Position) -> AbstractContextManager[TensorBoard | None]:
+    if not ctx.is_main or not spec.tensorboard:
+        return nullcontext()
+    return TensorBoard(ctx.job_dir / "tensorboard", attempt=ctx.attempt, next_step=position.iteration + 1)
 
 
 def _end(ctx: RunContext, error: AppError) -> None:

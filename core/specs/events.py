@@ -6,6 +6,27 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+TRAINING_METRICS = {
+    "loss": "Mean loss of the interval's steps, weighted as `loss_reduction` says; null when all were skipped.",
+    "learning_rate": "Of the last step.",
+    "grad_norm": "Global gradient norm of the last step, before clipping.",
+    "step_time_ms": "Mean time of a step, without checkpoints.",
+    "tokens_per_second": "Tokens of the samples, without padding, over all devices.",
+    "tokens_per_second_per_device": "The same per device.",
+    "target_tokens_per_second": "Tokens that are learnt.",
+    "target_tokens_per_second_per_device": "The same per device.",
+    "padded_tokens_per_second": "Tokens that are computed, padding included.",
+    "padded_tokens_per_second_per_device": "The same per device.",
+    "model_flops_per_second": "Operations that the model needs for forward and backward of what is trained; none for recompute or padding.",
+    "model_flops_per_second_per_device": "The same per device.",
+    "mfu": "Share of the devices' peak that this is; only where the peak is known or set (`TEMPER_PEAK_TFLOPS`).",
+    "images_per_second": "Images and videos.",
+    "host_wait_fraction": "Share of the time that the slowest rank waited for its data.",
+    "consumed_samples": "Samples since the start of the training.",
+    "memory_peak_bytes": "Most memory that a rank has held on its device.",
+}
+"""Series that a training tells every `log_interval` iterations."""
+
 
 class _Event(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)

@@ -140,6 +140,9 @@ class TrainingSpec(JobInputs):
     log_format: Literal["temper", "mindspeed_mm"] = Field(
         "temper", description="The log's line per iteration: the field's usual one, or MindSpeed-MM's in full."
     )
+    tensorboard: bool = Field(
+        True, description="Write the metrics as TensorBoard event files too; they become the output `tensorboard`."
+    )
     seed: int = Field(42, ge=0, lt=1 << 32)
     precision: Literal["bf16", "fp32"] = Field("bf16", description="Compute precision; bf16 keeps fp32 master weights.")
 

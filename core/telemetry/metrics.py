@@ -16,6 +16,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from core.db.models import Job, Lease, Node
+from core.specs.events import TRAINING_METRICS
 
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
@@ -32,9 +33,8 @@ EVENT_STREAMS = Gauge("temper_event_streams", "Event streams that are open now."
 
 _STATES = ("waiting", "queued", "starting", "running", "cancelling", "succeeded", "failed", "cancelled")
 _JOB_GAUGES = {
-    "loss": ("temper_job_loss", "Training loss of a running job at its last step."),
-    "tokens_per_second": ("temper_job_tokens_per_second", "Tokens per second of a running job, over all devices."),
-    "step_time_ms": ("temper_job_step_time_milliseconds", "Time of a running job's last step."),
+    name: (f"temper_job_{name.replace('_ms', '_milliseconds')}", f"Of a running training, last told: {text}")
+    for name, text in TRAINING_METRICS.items()
 }
 
 

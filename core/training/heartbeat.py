@@ -1,9 +1,9 @@
 """A stall is found and its culprit named: every rank tells what it is doing, and watches itself and the others.
 
 Each rank's thread writes `heartbeats/rank_N.json` (step, phase, rows, seconds since progress) every few seconds, also while the rank's
-main thread is stuck. When a rank has made no progress for the limit, its thread dumps the stacks of all its threads into the log; rank
-0's thread also names the culprit, the rank that is furthest behind, tells the job's error and ends the process, on which torchrun ends
-the others.
+main thread is stuck. When a rank has made no progress for the limit, its thread dumps the stacks of all its threads into the log. When
+all have, rank 0's thread names the culprit, the rank that is furthest behind, tells the job's error and ends its process; the others see
+that and end theirs, since one that is stuck would not hear a signal.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -43,10 +43,14 @@ class Beat:
     rows: tuple[int, ...] = ()
     since: float = 0.0
     """Unix time at which the phase began."""
+    has_told: bool = False
+    """Whether it has found itself stalled and dumped its stacks."""
 
 
-SAVE_FACTOR = 4
-"""A checkpoint may take so many times the limit."""
+SLOW = {"start": 4, "save": 4}
+"""Phases that may take so many times the limit: weights are read, a checkpoint is written."""
+VERDICT = "stalled.txt"
+"""File by which rank 0 tells the others that the job has failed."""
 PHASES = ("start", "data", "compute", "reduce", "save")
 """In the order of a step."""
 
@@ -59,7 +63,7 @@ def culprit(beats: Sequence[Beat]) -> Beat:
 class Heartbeat:
     """One rank's heartbeat and watch; a context manager.
 
-    `fail` is called on rank 0 with the error and must end the process: the main thread can be in a call that never returns.
+    `fail` is called on every rank with the error and must end the process: the main thread can be in a call that never returns.
     """
 
     def __init__(
@@ -86,6 +90,10 @@ class Heartbeat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Watch no longer."""
         self._ended.set()
         self._thread.join()
 
@@ -94,24 +102,44 @@ class Heartbeat:
         self._beat = Beat(self._rank, step, phase, tuple(rows), self._clock())
 
     def _watch(self) -> None:
+        told: Beat | None = None
         while not self._ended.wait(self._interval_s):
             beat = self._beat
-            temporary = self._folder / f".rank_{self._rank}.tmp"
-            temporary.write_text(json.dumps(asdict(beat)), encoding="utf-8")
-            temporary.replace(self._folder / f"rank_{self._rank}.json")
-            if self._clock() - beat.since < self._limit_s * (SAVE_FACTOR if beat.phase == "save" else 1):
+            self._write(replace(beat, has_told=beat == told))
+            if (self._folder / VERDICT).exists():
+                self._fail(Stalled((self._folder / VERDICT).read_text(encoding="utf-8")))
+                return
+            if beat == told or self._clock() - beat.since < self._limit_s * SLOW.get(beat.phase, 1):
                 continue
             _log.warning("no progress since step %d, %s; the stacks of rank %d:", beat.step, beat.phase, self._rank)
             faulthandler.dump_traceback(file=2, all_threads=True)
-            if self._rank == 0:
-                self._ended.wait(2 * self._interval_s)  # the others tell theirs
-                if self._beat == beat and not self._ended.is_set():
-                    self._fail(self._error())
-            return
+            told = beat
+            self._write(replace(beat, has_told=True))
+            if self._rank == 0 and self._is_stall(beat):
+                error = self._error()
+                (self._folder / ".verdict").write_text(error.message, encoding="utf-8")
+                (self._folder / ".verdict").replace(self._folder / VERDICT)
+                self._fail(error)
+                return
+
+    def _is_stall(self, beat: Beat) -> bool:
+        """Wait until every rank has told its stacks (a lost one never does); return whether this rank is still where it was."""
+        deadline = self._clock() + self._limit_s
+        while not all(other.has_told for other in self._beats()) and self._clock() < deadline:
+            if self._ended.wait(self._interval_s / 4):
+                break
+        return self._beat == beat and not self._ended.is_set()
+
+    def _write(self, beat: Beat) -> None:
+        temporary = self._folder / f".rank_{self._rank}.tmp"
+        temporary.write_text(json.dumps(asdict(beat)), encoding="utf-8")
+        temporary.replace(self._folder / f"rank_{self._rank}.json")
+
+    def _beats(self) -> list[Beat]:
+        return [_read(path) for path in sorted(self._folder.glob("rank_*.json"))]
 
     def _error(self) -> Stalled:
-        beats = [_read(path) for path in sorted(self._folder.glob("rank_*.json"))]
-        worst = culprit(beats)
+        worst = culprit(self._beats())
         rows = ", ".join(map(str, worst.rows[:20])) or "none"
         return Stalled(
             f"no progress for {self._limit_s:.0f} s: rank {worst.rank} is furthest behind, "

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
+from core.models.flops import Work
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -22,32 +24,49 @@ class Reading:
     """Learnt tokens of all ranks."""
     padded_tokens_per_second: float
     """Tokens that were computed, padding included; of all data-parallel ranks."""
+    model_flops_per_second: float
+    """Operations that the model needed (core.models.flops), of all ranks."""
     images_per_second: float
     host_wait_fraction: float
     """Share of the time that the slowest rank waited for its data."""
 
+    def rates(self, num_devices: int, peak_flops: float | None) -> dict[str, float]:
+        """Return speeds by their metrics' names, of all devices and per device; `mfu` only where a device's peak is known."""
+        rates = {
+            "tokens_per_second": self.tokens_per_second,
+            "target_tokens_per_second": self.target_tokens_per_second,
+            "padded_tokens_per_second": self.padded_tokens_per_second,
+            "model_flops_per_second": self.model_flops_per_second,
+        }
+        told: dict[str, float] = {}
+        for name, value in rates.items():
+            told |= {name: value, f"{name}_per_device": value / num_devices}
+        if peak_flops is not None:
+            told["mfu"] = self.model_flops_per_second / (num_devices * peak_flops)
+        return {**told, "images_per_second": self.images_per_second}
+
 
 class Meters:
-    """Collects what happens between two log lines. `clock` gives seconds."""
+    """Collects what happens between two log lines. `clock` gives seconds, `flops` the model's operations for some work."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._start()
+    def __init__(self, clock: Callable[[], float], flops: Callable[[Work], float]) -> None:
+        self._clock, self._flops = clock, flops
+        self.restart()
 
     def add(
         self,
         *,
         loss: float,
-        num_tokens: int,
-        num_targets: int = 0,
+        work: Work,
         num_padded_tokens: int = 0,
         num_images: int = 0,
         wait_s: float = 0.0,
     ) -> None:
         """Count a finished step; a loss that is not finite counts as skipped."""
         self._num_steps += 1
-        self._num_tokens += num_tokens
-        self._num_targets += num_targets
+        self._num_tokens += work.tokens
+        self._num_targets += work.targets
+        self._num_flops += self._flops(work)
         self._num_padded_tokens += num_padded_tokens
         self._num_images += num_images
         self._wait_s += wait_s
@@ -68,17 +87,20 @@ class Meters:
             num_skipped=self._num_steps - len(self._losses),
             target_tokens_per_second=self._num_targets / elapsed_s,
             padded_tokens_per_second=self._num_padded_tokens / elapsed_s,
+            model_flops_per_second=self._num_flops / elapsed_s,
             images_per_second=self._num_images / elapsed_s,
             host_wait_fraction=min(self._wait_s / elapsed_s, 1.0),
         )
-        self._start()
+        self.restart()
         return reading
 
-    def _start(self) -> None:
+    def restart(self) -> None:
+        """Forget what was counted."""
         self._began = self._clock()
         self._num_steps = 0
         self._num_tokens = 0
         self._num_targets = 0
+        self._num_flops = 0.0
         self._num_padded_tokens = 0
         self._num_images = 0
         self._wait_s = 0.0

@@ -23,6 +23,7 @@ from core.data.loader import LoadedStep
 from core.device.base import Accelerator
 from core.errors import NonFiniteLoss
 from core.models.batch import PackedBatch
+from core.models.flops import ModelFlops
 from core.parallel.data import all_reduce_rows
 from core.parallel.mesh import Mesh
 from core.parallel.pipeline import Pipeline
@@ -33,6 +34,7 @@ from core.training.heartbeat import Heartbeat
 from core.training.lora import adapter_weights
 from core.training.meters import Meters, log_line, mindspeed_line
 from core.training.optimizer import Optimizer, build_schedule
+from core.training.tensorboard import TensorBoard
 from core.training.wiring import Head
 
 MAX_SKIPPED = 10
@@ -78,7 +80,6 @@ class Exchanged:
     """Ranks with a gradient that is not finite."""
     num_padded_tokens: int
     """Tokens computed by all data-parallel ranks, padding included."""
-    num_images: int
     wait_s: float
     """Longest time that a rank waited for its data."""
     save_failed: bool
@@ -104,10 +105,19 @@ class Trainer:
     checkpoints: Checkpoints
     facts: Facts
     reporter: Reporter
+    flops: ModelFlops
+    """What the model needs for forward and backward of what is trained."""
+    peak_flops: float | None = None
+    """What a device could do per second, if it is known."""
+    tensorboard: TensorBoard | None = None
+    """On the rank that reports."""
     heartbeat: Heartbeat | None = None
     saved_at: int | None = None
     num_skipped_in_a_row: int = 0
-    meters: Meters = field(default_factory=lambda: Meters(time.perf_counter))
+    meters: Meters = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.meters = Meters(time.perf_counter, self.flops.of)
 
     def train(self, steps: Iterable[LoadedStep]) -> Outcome:
         """Train from `facts.position` to `train_iters`, or until asked to stop; the end is saved either way."""
@@ -120,14 +130,16 @@ class Trainer:
             began = time.perf_counter()
             self._at("data")
             step = next(loaded)
+            rows = [row for part in step.plan.micro_batches[self.mesh.dp_rank] for row in part]
+            self._at("data", rows)
             batches = [batch for batch in step.micro_batches if batch.rows]
             wait_s = time.perf_counter() - began
             learning_rate = schedule.at(self.facts.position.iteration)
 
-            self._at("compute", batches)
+            self._at("compute", rows)
             self.optimizer.clear_gradients()
             self.pipeline.run(batches)
-            self._at("reduce", batches)
+            self._at("reduce", rows)
             self.optimizer.reduce_gradients()
             everyone = self._exchange(self.head.take(), batches, wait_s)
             if everyone.save_failed:
@@ -136,7 +148,7 @@ class Trainer:
                 first = FirstStep.before(self.model, self.optimizer)
 
             loss, grad_norm = everyone.loss_sum / (step.loss_weight or 1.0), math.nan
-            if everyone.is_finite and step.num_targets > 0:
+            if everyone.is_finite and step.work.targets > 0:
                 self.num_skipped_in_a_row = 0
                 grad_norm = self.optimizer.step(
                     learning_rate=learning_rate, num_targets=step.loss_weight, squared_norm=everyone.squared_norm
@@ -157,10 +169,9 @@ class Trainer:
             iteration = self.facts.position.iteration
             self.meters.add(
                 loss=loss if everyone.is_finite else math.nan,
-                num_tokens=step.num_tokens,
-                num_targets=step.num_targets,
+                work=step.work,
                 num_padded_tokens=everyone.num_padded_tokens,
-                num_images=everyone.num_images,
+                num_images=step.num_images,
                 wait_s=everyone.wait_s,
             )
             if iteration % spec.log_interval == 0 or iteration == spec.train_iters or everyone.stop:
@@ -192,7 +203,7 @@ class Trainer:
         self.reporter.log.info(
             "the largest micro-batch fits: %d tokens, %d image patches", batch.num_tokens, batch.num_patches
         )
-        self.meters = Meters(time.perf_counter)
+        self.meters.restart()
 
     def save(self) -> None:
         """Begin to write a checkpoint of the present state, unless that was done already."""
@@ -213,10 +224,9 @@ class Trainer:
         self.meters.paused(seconds)
         self.reporter.log.info("checkpoint of iteration %d: training waited %.2f s", iteration, seconds)
 
-    def _at(self, phase: str, batches: Sequence[PackedBatch] = ()) -> None:
+    def _at(self, phase: str, rows: Sequence[int] = ()) -> None:
         """Tell the stall guard what comes now."""
         if self.heartbeat is not None:
-            rows = [row for batch in batches for row in batch.rows]
             self.heartbeat.phase(self.facts.position.iteration + 1, phase, rows)
 
     def _exchange(self, losses: list[float], batches: list[PackedBatch], wait_s: float) -> Exchanged:
@@ -231,14 +241,13 @@ class Trainer:
             float(self.reporter.should_stop()),
             float(self.accelerator.memory_peak_bytes()),
             float(sum(batch.num_tokens for batch in batches) if is_first else 0),
-            float(sum(len(batch.grid_thw) for batch in batches) if is_first else 0),
             wait_s,
             float(self.checkpoints.has_failed),
         ]
         table = all_reduce_rows(
             row, rank=mesh.rank, world_size=mesh.world_size, group=mesh.world_group, device=self.accelerator.device
         )
-        losses_R, bad_R, norms_R, stops_R, memory_R, padded_R, images_R, waits_R, failures_R = table.T.tolist()
+        losses_R, bad_R, norms_R, stops_R, memory_R, padded_R, waits_R, failures_R = table.T.tolist()
         return Exchanged(
             loss_sum=math.fsum(losses_R),
             squared_norm=math.fsum(norms_R) if all(map(math.isfinite, norms_R)) else math.nan,
@@ -247,7 +256,6 @@ class Trainer:
             bad_losses={rank: int(index) for rank, index in enumerate(bad_R) if index >= 0},
             bad_gradients=[rank for rank, value in enumerate(norms_R) if not math.isfinite(value)],
             num_padded_tokens=int(sum(padded_R)),
-            num_images=int(sum(images_R)),
             wait_s=max(waits_R),
             save_failed=any(failures_R),
         )
@@ -268,7 +276,7 @@ class Trainer:
             )
 
     def _blame(self, step: LoadedStep, everyone: Exchanged) -> str:
-        if step.num_targets == 0:
+        if step.work.targets == 0:
             return "its samples have no target tokens"
         if everyone.bad_losses:
             return "the loss is not finite " + "; ".join(
@@ -307,21 +315,20 @@ class Trainer:
                 grad_norm=grad_norm,
             )
         )
-        self.reporter.metric(
-            position.iteration,
-            loss=reading.loss,
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
-            step_time_ms=reading.step_time_ms,
-            tokens_per_second=reading.tokens_per_second,
-            tokens_per_second_per_device=reading.tokens_per_second / self.mesh.world_size,
-            target_tokens_per_second=reading.target_tokens_per_second,
-            padded_tokens_per_second=reading.padded_tokens_per_second,
-            images_per_second=reading.images_per_second,
-            host_wait_fraction=reading.host_wait_fraction,
-            consumed_samples=position.consumed_samples,
-            memory_peak_bytes=everyone.memory_peak_bytes,
-        )
+        values = {
+            "loss": reading.loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "step_time_ms": reading.step_time_ms,
+            **reading.rates(self.mesh.world_size, self.peak_flops),
+            "host_wait_fraction": reading.host_wait_fraction,
+            "consumed_samples": position.consumed_samples,
+            "memory_peak_bytes": everyone.memory_peak_bytes,
+        }
+        self.reporter.metric(position.iteration, **values)
+        if self.tensorboard is not None:
+            sizes = {"global_batch_size": spec.global_batch_size}
+            self.tensorboard.write(position.iteration, {**values, **sizes}, time=time.time())
         self.reporter.progress(position.iteration, spec.train_iters, "iteration")
 
 

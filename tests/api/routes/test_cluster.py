@@ -114,12 +114,14 @@ class TestMetrics:
             job = session.get_one(Job, job_id)
             transition(session, job, JobState.STARTING)
             transition(session, job, JobState.RUNNING)
-            job.latest_metrics = {"step": 4, "loss": 1.5, "tokens_per_second": 1000.0}
+            job.latest_metrics = {"step": 4, "loss": 1.5, "tokens_per_second": 1000.0, "mfu": 0.25, "step_time_ms": 7.0}
         text = api.get("/metrics", by=None).text
         assert 'temper_jobs{state="queued"} 1.0' in text
         assert 'temper_jobs{state="running"} 1.0' in text
         assert f'temper_job_loss{{job="{job_id}"}} 1.5' in text
         assert f'temper_job_tokens_per_second{{job="{job_id}"}} 1000.0' in text
+        assert f'temper_job_mfu{{job="{job_id}"}} 0.25' in text
+        assert f'temper_job_step_time_milliseconds{{job="{job_id}"}} 7.0' in text
         assert 'temper_devices{kind="cpu",node="node-a"} 8.0' in text
         assert "temper_queue_age_seconds" in text
         assert 'route="/v1/jobs"' in text

@@ -152,8 +152,12 @@ class TestStepLoader:
         with self.loader(dataset_dir, config) as loader:
             for number, step in enumerate(itertools.islice(loader, 5)):
                 assert step.plan.first_position == 4 * number
-                assert tuple(batch.rows for batch in step.micro_batches) == step.plan.micro_batches[0]
-                assert (step.num_samples, step.num_targets) == (4, 8)
+                batches = list(step.micro_batches)
+                assert tuple(batch.rows for batch in batches) == step.plan.micro_batches[0]
+                assert (step.num_samples, step.work.targets) == (4, 8)
+                assert step.work.tokens == sum(len(batch.input_ids_T) for batch in batches)
+                assert step.num_images == sum(len(batch.grid_thw) for batch in batches)
+                assert step.work.patches == sum(batch.num_patches for batch in batches)
 
     @pytest.mark.parametrize(("reduction", "weight"), [("sample", 1 / 2), ("square", 2**-0.5)])
     def test_weights_follow_each_samples_number_of_targets(

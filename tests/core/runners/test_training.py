@@ -135,7 +135,15 @@ class Bench:
             store=self.store,
         )
 
-    def torchrun(self, spec: TrainingSpec, world_size: int, *, job: str = "job_a") -> subprocess.CompletedProcess[str]:
+    def torchrun(
+        self,
+        spec: TrainingSpec,
+        world_size: int,
+        *,
+        job: str = "job_a",
+        module: str = "core.runners",
+        **settings: str,
+    ) -> subprocess.CompletedProcess[str]:
         attempt_dir = self.store.attempt_dir(job, 1)
         attempt_dir.mkdir(parents=True)
         inputs = {
@@ -151,8 +159,8 @@ class Bench:
             )
         )  # fmt: skip
         options = ["--standalone", "--local-addr=localhost", f"--nproc-per-node={world_size}"]
-        command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "core.runners", str(attempt_dir)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", module, str(attempt_dir)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
         return subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, check=False)
 
     def events(self, kind: str, *, job: str = "job_a", attempt: int = 1) -> list[dict[str, Any]]:
@@ -194,7 +202,8 @@ class TestRun:
     def test_publishes_the_final_checkpoint_and_the_kept_ones(self, bench: Bench) -> None:
         training.run(bench.context(spec := training_spec()), spec)
         outputs = bench.outputs()
-        assert set(outputs) == {"checkpoint", "checkpoint-0000002"}
+        assert set(outputs) == {"checkpoint", "checkpoint-0000002", "tensorboard"}
+        assert [path.name.split(".")[0] for path in outputs["tensorboard"].iterdir()] == ["events"]
         final = inspect_mm_folder(outputs["checkpoint"], ParallelSpec.model_validate(WHOLE))
         assert final.iteration == 4
         assert (outputs["checkpoint"] / "hf" / "tokenizer.json").is_file()
@@ -268,7 +277,7 @@ class TestRun:
         ctx._stop.set()
         with pytest.raises(Stopped):
             training.run(ctx, spec)
-        assert set(bench.outputs()) == {"checkpoint-0000001"}
+        assert set(bench.outputs()) == {"checkpoint-0000001", "tensorboard"}
 
 
 class TestResume:

@@ -55,7 +55,7 @@ class TestRun:
     def test_publishes_the_merged_checkpoint_and_adapters_that_peft_loads(self, bench: Bench, tmp_path: Path) -> None:
         training.run(ctx := bench.context(spec := lora_spec()), spec)
         outputs = bench.outputs()
-        assert set(outputs) == {"checkpoint", "adapter", "adapter-0000002"}
+        assert set(outputs) == {"checkpoint", "adapter", "adapter-0000002", "tensorboard"}
         losses = bench.losses()
         assert losses[-1] < losses[0]
         told = metadata(bench, "checkpoint")["lora"]
@@ -88,7 +88,7 @@ class TestRun:
         ctx._stop.set()
         with pytest.raises(Stopped):
             training.run(ctx, spec)
-        assert set(bench.outputs()) == {"adapter-0000001"}
+        assert set(bench.outputs()) == {"adapter-0000001", "tensorboard"}
         file = ctx.job_dir / "checkpoints/iter_0000001/mp_rank_00/model_optim_rng.pt"
         held = torch.load(file, weights_only=True)["model"]
         assert all(".lora_" in name for name in held)

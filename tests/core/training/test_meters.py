@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 
 import pytest
 
+from core.models.flops import Work
 from core.training.meters import Meters, log_line, mindspeed_line
 
 
@@ -18,42 +19,65 @@ class Clock:
         return self.now
 
 
+def no_flops(_: Work) -> float:
+    return 0.0
+
+
 class TestMeters:
     def test_averages_over_the_steps_since_the_last_reading(self) -> None:
         clock = Clock()
-        meters = Meters(clock)
+        meters = Meters(clock, no_flops)
         for loss in (2.0, 4.0):
             clock.now += 0.5
-            meters.add(loss=loss, num_tokens=100)
+            meters.add(loss=loss, work=Work(tokens=100))
         reading = meters.read()
         assert (reading.loss, reading.step_time_ms, reading.tokens_per_second) == (3.0, 500.0, 200.0)
         clock.now += 0.25
-        meters.add(loss=1.0, num_tokens=10)
+        meters.add(loss=1.0, work=Work(tokens=10))
         assert meters.read().step_time_ms == 250.0
 
     def test_a_skipped_step_counts_in_time_and_not_in_loss(self) -> None:
-        meters = Meters(Clock())
-        meters.add(loss=math.nan, num_tokens=1)
-        meters.add(loss=5.0, num_tokens=1)
+        meters = Meters(Clock(), no_flops)
+        meters.add(loss=math.nan, work=Work(tokens=1))
+        meters.add(loss=5.0, work=Work(tokens=1))
         reading = meters.read()
         assert (reading.loss, reading.num_skipped) == (5.0, 1)
 
     def test_writing_a_checkpoint_is_not_training_time(self) -> None:
         clock = Clock()
-        meters = Meters(clock)
+        meters = Meters(clock, no_flops)
         clock.now += 3
         meters.paused(2.0)
-        meters.add(loss=1.0, num_tokens=10)
+        meters.add(loss=1.0, work=Work(tokens=10))
         assert meters.read().step_time_ms == 1000.0
 
     def test_tells_targets_padding_images_and_waiting(self) -> None:
         clock = Clock()
-        meters = Meters(clock)
+        meters = Meters(clock, no_flops)
         clock.now += 2
-        meters.add(loss=1.0, num_tokens=100, num_targets=40, num_padded_tokens=120, num_images=6, wait_s=0.5)
+        meters.add(loss=1.0, work=Work(tokens=100, targets=40), num_padded_tokens=120, num_images=6, wait_s=0.5)
         reading = meters.read()
         assert (reading.target_tokens_per_second, reading.padded_tokens_per_second) == (20.0, 60.0)
         assert (reading.images_per_second, reading.host_wait_fraction) == (3.0, 0.25)
+
+    def test_tells_rates_of_all_devices_and_of_each(self) -> None:
+        clock = Clock()
+        meters = Meters(clock, lambda work: 1e6 * work.tokens)
+        clock.now += 2
+        meters.add(loss=1.0, work=Work(tokens=100, targets=40), num_padded_tokens=120, num_images=6)
+        rates = meters.read().rates(4, 100e6)
+        assert rates == {
+            "tokens_per_second": 50.0, "tokens_per_second_per_device": 12.5,
+            "target_tokens_per_second": 20.0, "target_tokens_per_second_per_device": 5.0,
+            "padded_tokens_per_second": 60.0, "padded_tokens_per_second_per_device": 15.0,
+            "model_flops_per_second": 50e6, "model_flops_per_second_per_device": 12.5e6,
+            "mfu": 0.125, "images_per_second": 3.0,
+        }  # fmt: skip
+
+    def test_without_a_known_peak_there_is_no_mfu(self) -> None:
+        meters = Meters(Clock(), no_flops)
+        meters.add(loss=1.0, work=Work(tokens=1))
+        assert "mfu" not in meters.read().rates(1, None)
 
 
 class TestMindSpeedLine:

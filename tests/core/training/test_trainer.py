@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from core.errors import NonFiniteLoss
+from core.models.flops import model_flops
+from core.specs.events import TRAINING_METRICS
 from core.training.trainer import MAX_SKIPPED, Outcome
 from tests.core.training.tiny import (
     Case,
@@ -47,12 +49,19 @@ class TestLearning:
     def test_metrics_have_the_names_of_the_contract(self, tmp_path: Path) -> None:
         trained = train(0, ONE, training_spec(train_iters=2), tmp_path)
         assert list(trained.metrics) == [1, 2]
-        assert set(trained.metrics[1]) == {
-            "loss", "learning_rate", "grad_norm", "step_time_ms", "tokens_per_second", "tokens_per_second_per_device",
-            "consumed_samples", "memory_peak_bytes", "target_tokens_per_second", "padded_tokens_per_second",
-            "images_per_second", "host_wait_fraction",
-        }  # fmt: skip
+        assert list(trained.metrics[1]) == [name for name in TRAINING_METRICS if name != "mfu"]
         assert trained.metrics[2]["consumed_samples"] == 8
+
+    def test_where_a_devices_peak_is_known_the_model_operations_are_a_share_of_it(self, tmp_path: Path) -> None:
+        rank, notes = Rank(ONE), Notes()
+        trainer = make_trainer(rank, training_spec(train_iters=1), tmp_path, notes)
+        trainer.peak_flops = 1e9
+        step = next(steps(trainer, rank.config))
+        trainer.train(iter([step]))
+        values = notes.metrics[1]
+        assert values["mfu"] == pytest.approx(values["model_flops_per_second"] / 1e9)
+        flops = values["model_flops_per_second"] * values["step_time_ms"] / 1000
+        assert flops == pytest.approx(model_flops(rank.config).of(step.work))
 
     def test_the_log_interval_averages_the_loss(self, tmp_path: Path) -> None:
         each = train(0, ONE, training_spec(train_iters=4), tmp_path / "each")

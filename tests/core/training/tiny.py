@@ -19,6 +19,7 @@ from core.data.loader import TARGET_WEIGHT, LoadedStep, LossReduction, total_wei
 from core.data.plan import plan_step
 from core.device.cpu import CpuAccelerator
 from core.models.batch import PackedBatch
+from core.models.flops import model_flops, work_of
 from core.models.layers.recompute import Recompute
 from core.models.lora import adapted_layers
 from core.models.plan import Stage, stages, whole
@@ -355,6 +356,7 @@ def make_trainer(
         checkpoints=checkpoints,
         facts=facts,
         reporter=notes,
+        flops=model_flops(rank.config),
     )
 
 
@@ -376,11 +378,12 @@ def steps(trainer: Trainer, config: Config, *, num_rows: int = 10) -> Iterator[L
         )
         consumed += len(plan.rows)
         counts = [rows[i].num_targets for i in plan.rows]
+        grids = [grid for i in plan.rows for grid in rows[i].grids]
         yield LoadedStep(
             plan=plan,
             num_samples=len(plan.rows),
-            num_tokens=int(lengths[list(plan.rows)].sum()),
-            num_targets=sum(counts),
+            work=work_of(lengths[list(plan.rows)].tolist(), counts, grids, config.vision),
+            num_images=len(grids),
             loss_weight=total_weight(np.array(counts), reduction),
             micro_batches=(
                 pack([rows[i] for i in part], config, reduction) for part in plan.micro_batches[mesh.dp_rank]
