@@ -7,13 +7,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
 import core
 from api import problems
 from api.auth import ensure_admin_key, key_path
+from api.deps import refuse_unknown_query
 from api.middleware import RequestMiddleware
 from api.routes import artifacts, cluster, families, health, jobs, keys, streams, uploads
 from core.db.migrate import upgrade
@@ -47,7 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.stopping = lambda: False
     problems.install(app)
     for module in _ROUTERS:
-        app.include_router(module.router)
+        app.include_router(module.router, dependencies=[Depends(refuse_unknown_query)])
     app.add_middleware(RequestMiddleware, settings=settings)
     _describe_errors(app)
     return app

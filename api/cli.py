@@ -516,7 +516,9 @@ def _complaint(error: Exception) -> Iterator[str]:
     if isinstance(error, ApiError):
         for item in error.errors:
             place = ".".join(str(part) for part in item.get("loc", ()))
-            yield f"  {place}: {item.get('message')}"
+            told = f"{place}: {item.get('message')}"
+            if not str(error).startswith(told):
+                yield f"  {told}"
     hint = getattr(error, "hint", None)
     if hint:
         yield f"hint: {hint}"

@@ -142,7 +142,7 @@ async def _on_app_error(request: Request, error: AppError) -> JSONResponse:
 
 
 async def _on_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-    found = [_field_error(item) for item in error.errors()]
+    found = [_field_error(item) for item in _causes(error.errors())]
     if any(item["type"] == "json_invalid" for item in error.errors()):
         reason = error.errors()[0].get("ctx", {}).get("error", "")
         detail = f"the body is not JSON: {reason} at character {found[0].loc[-1]}"
@@ -156,7 +156,7 @@ async def _on_validation_error(request: Request, error: RequestValidationError) 
         request_id_of(request),
         status=422,
         code=InvalidSpec.code,
-        detail=f"{'.'.join(map(str, first.loc))}: {first.message}{more}",
+        detail=f"{'.'.join(map(str, first.loc))}: {first.message}{_given(error.errors()[0])}{more}",
         hint=hint,
         errors=found,
     )
@@ -188,13 +188,43 @@ def _translate(error: Exception) -> AppError | None:
             return None
 
 
+def _causes(items: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Without complaints that a list is too short because its items were wrong."""
+    wrong = {tuple(item["loc"][:-1]) for item in items}
+    return [item for item in items if not (item["type"] == "too_short" and tuple(item["loc"]) in _prefixes(wrong))]
+
+
+def _prefixes(locs: set[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
+    return {loc[:length] for loc in locs for length in range(1, len(loc) + 1)}
+
+
+def _given(item: Mapping[str, Any]) -> str:
+    """The value that was refused, where it is short and the message does not name it."""
+    value = item.get("input")
+    if item["type"] in ("missing", "extra_forbidden", "value_error", "union_tag_invalid") or isinstance(
+        value, dict | list
+    ):
+        return ""
+    text = json.dumps(_printable(value), ensure_ascii=False)
+    return f", got {text}" if len(text) <= 80 else ""
+
+
 def _field_error(item: Mapping[str, Any]) -> FieldError:
     loc = [part if isinstance(part, int) else str(part) for part in item["loc"]]
     if loc[:1] == ["body"] and len(loc) > 1 and loc[1] in SPECS:
         del loc[1]  # the tag of the union over kinds is no part of what was posted
-    return FieldError(
-        loc=loc, message=str(item["msg"]).removeprefix("Value error, "), input=_printable(item.get("input"))
-    )
+    return FieldError(loc=loc, message=_message(item), input=_printable(item.get("input")))
+
+
+def _message(item: Mapping[str, Any]) -> str:
+    """Pydantic's message, in JSON's words."""
+    text = str(item["msg"]).removeprefix("Value error, ").removesuffix(" to extract fields from")
+    for pythons, jsons in (("a valid dictionary or object", "an object"), ("valid tuple", "list"), ("Tuple", "List")):
+        text = text.replace(pythons, jsons)
+    if item["type"] == "union_tag_invalid":
+        context = item["ctx"]
+        return f"kind must be one of {context['expected_tags']}, got '{context['tag']}'"
+    return text
 
 
 def _known_fields(item: Mapping[str, Any]) -> str | None:

@@ -83,7 +83,8 @@ def _lose(session: Session, attempt: Attempt, settings: Settings) -> None:
             error = {
                 "code": "attempt_lost",
                 "message": reason,
-                "hint": f"all {job.max_attempts} attempts are used; POST …/retry tries again",
+                "hint": f"all {job.max_attempts} attempts are used; POST …/retry tries again; "
+                f"the supervisor's log, HOME/logs/supervisor-NODE.log on {nodes}, may say more",
             }
             transition(session, job, JobState.FAILED, reason, attempt=attempt.number, error=error)
         case _:
@@ -221,7 +222,7 @@ def _grant(session: Session, job: Job, shares: tuple[Share, ...], settings: Sett
         for rank, share in enumerate(shares)
     ]
     session.add_all(granted)
-    where = ", ".join(f"{share.node}{list(share.devices)}" for share in shares)
+    where = ", ".join(f"{share.node}{list(share.devices) or ''}" for share in shares)
     transition(session, job, JobState.STARTING, f"placed on {where}", attempt=number, error=None, progress=None)
     log.info("job.placed", job_id=job.id, attempt=number, where=where)
     return granted

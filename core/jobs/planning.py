@@ -328,7 +328,8 @@ class Planner:
         try:
             resolve_inside(root, spec.annotations)
         except NotFound:
-            there = ", ".join(sorted(path.name for path in root.glob("*.json*"))[:8]) or "no JSON file at its top"
+            by_size = sorted(root.glob("*.json*"), key=lambda path: (-path.stat().st_size, path.name))
+            there = ", ".join(path.name for path in by_size[:8]) or "no JSON file at its top"
             raise InvalidDataset(
                 f"spec.annotations: {spec.annotations!r} is not in the source, which has {there}"
             ) from None

@@ -53,6 +53,23 @@ class TestSubmit:
             "did you mean operation? known"
         )
 
+    @pytest.mark.parametrize(
+        ("change", "detail"),
+        [
+            ({"kind": "convert"}, "body: kind must be one of 'conversion', 'dataset', 'training', 'evaluation', got 'convert'"),
+            ({"priority": 1.5}, "body.priority: Input should be a valid integer, got a number with a fractional part, got 1.5"),
+            ({"spec": {"operation": "up"}}, "body.spec.operation: Input should be 'hf_to_mm', 'mm_to_hf' or 'reshard', got \"up\""),
+            (
+                {"spec": {"parallel": {"llm_pp_layers": [28], "vit_pp_layers": [[32]]}}},
+                "body.spec.parallel.llm_pp_layers.0: Input should be a list, got 28",
+            ),
+        ],
+    )  # fmt: skip
+    def test_a_wrong_value_is_named(self, api: Api, change: dict[str, Any], detail: str) -> None:
+        body = api.conversion()
+        body |= {**change, "spec": body["spec"] | change.get("spec", {})}
+        assert problem(api.post("/v1/jobs", body), 422, "invalid_spec")["detail"] == detail
+
     def test_a_user_has_at_most_so_many_unfinished_jobs(self, api: Api) -> None:
         api.client.app.state.settings = api.settings.model_copy(update={"max_user_jobs": 2})  # type: ignore[attr-defined]
         first, _ = api.submit(), api.submit()
@@ -198,6 +215,12 @@ class TestList:
         answer = api.get("/v1/jobs", params=query)
         assert answer.status_code == 200, answer.text
         assert len(answer.json()["data"]) == found
+
+    def test_a_filter_that_there_is_not_is_refused(self, api: Api) -> None:
+        body = problem(api.get("/v1/jobs?states=failed"), 422, "invalid_spec")
+        assert body["detail"] == "query.states: there is no such parameter here"
+        assert body["hint"].startswith("did you mean state? known here: after, created_after, ")
+        assert problem(api.get("/v1/queue?limit=1"), 422, "invalid_spec")["hint"] == "it takes none"
 
     def test_naive_time_is_refused(self, api: Api) -> None:
         problem(api.get("/v1/jobs?created_after=2020-01-01T00:00:00"), 422, "invalid_spec")
