@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
@@ -20,7 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from api.client import Artifact, Client, Event, Job, Resource
 from api.transfer import OnBytes
@@ -65,13 +65,30 @@ def _parse_time(stamp: str) -> datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
-def jobs_table(jobs: Iterable[Job]) -> Table:
-    table = Table("id", "kind", "name", "user", "state", "progress", "created", box=None, pad_edge=False)
+def _table(*names: str) -> Table:
+    """A table whose first column, an id, stays whole however narrow the terminal is: it is there to be copied."""
+    first, *others = names
+    return Table(Column(first, min_width=30, no_wrap=True), *others, box=None, pad_edge=False)
+
+
+def jobs_table(jobs: Sequence[Job]) -> Table:
+    """One line per job; whose it is where they are several people's, and how far where one is on its way."""
+    columns: dict[str, Callable[[Job], str]] = {
+        "id": lambda job: job.id,
+        "kind": lambda job: job.kind,
+        "name": lambda job: escape(job.name or ""),
+        "user": lambda job: escape(job.owner or ""),
+        "state": lambda job: coloured_state(job.state),
+        "progress": progress_text,
+        "created": lambda job: age(job.created_at),
+    }
+    if len({job.owner for job in jobs}) < 2:
+        del columns["user"]
+    if not any(progress_text(job) for job in jobs):
+        del columns["progress"]
+    table = _table(*columns)
     for job in jobs:
-        table.add_row(
-            job.id, job.kind, escape(job.name or ""), escape(job.owner or ""), coloured_state(job.state),
-            progress_text(job), age(job.created_at),
-        )  # fmt: skip
+        table.add_row(*(text(job) for text in columns.values()))
     return table
 
 
@@ -141,7 +158,7 @@ def _node_state(node: Mapping[str, Any]) -> str:
 
 
 def artifacts_table(artifacts: Iterable[Artifact]) -> Table:
-    table = Table("id", "kind", "name", "size", "created", box=None, pad_edge=False)
+    table = _table("id", "kind", "name", "size", "created")
     for artifact in artifacts:
         size = decimal(artifact.size_bytes)
         table.add_row(artifact.id, artifact.kind, escape(artifact.name or ""), size, age(artifact.created_at))

@@ -110,14 +110,16 @@ class TestConnection:
 class TestOutput:
     def test_jobs_are_a_table_or_json(self, server: Server) -> None:
         server.answers["GET /v1/jobs"] = says(200, {"data": [JOB], "has_more": False, "next": None})
-        assert temper("jobs", url=server.url).stdout.splitlines()[1].split()[:5] == [
-            "job_1",
-            "training",
-            "first",
-            "ada",
-            "running",
-        ]
+        (row,) = temper("jobs", url=server.url).stdout.splitlines()[1:]
+        assert row.split()[:4] == ["job_1", "training", "first", "running"]
         assert json.loads(temper("jobs", "--json", url=server.url).stdout)[0]["id"] == "job_1"
+
+    def test_a_narrow_table_keeps_ids_whole_and_names_the_users_of_several(self, server: Server) -> None:
+        jobs = [{**JOB, "id": f"job_{number:026}", "owner": f"user{number}"} for number in range(2)]
+        server.answers["GET /v1/jobs"] = says(200, {"data": jobs, "has_more": False, "next": None})
+        lines = temper("jobs", url=server.url, COLUMNS="60").stdout.splitlines()[1:]
+        assert [line.split()[0] for line in lines] == [job["id"] for job in jobs]
+        assert all(f"user{number}"[:3] in line for number, line in enumerate(lines))
 
     def test_logs_are_bytes_as_they_came(self, server: Server) -> None:
         def log(handler: Handler, _: bytes) -> None:
