@@ -10,6 +10,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,7 @@ def run(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 120) 
     `fn` must be importable (a module-level function). Raises RankFailed with the rank and its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("forkserver")  # torch (torch.optim needs _dynamo) is imported once, in the server
-        context.set_forkserver_preload(
-            ["torch._dynamo", "core.training.wiring", "core.conversion.mm", "core.data.loader", __name__]
-        )
+        context = forkserver()
         processes = [
             context.Process(target=_main, args=(fn, rank, world, folder, timeout_s, args)) for rank in range(world)
         ]
@@ -50,6 +48,15 @@ def run(fn: Callable[..., Any], world: int, *args: Any, timeout_s: float = 120) 
     if errors:
         raise RankFailed("\n".join(errors))
     return [result for _, result in outcomes]
+
+
+def forkserver() -> ForkServerContext:
+    """Return a way to start processes in which torch is imported already (torch.optim needs _dynamo): once, in the server."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch._dynamo", "core.training.wiring", "core.conversion.mm", "core.data.loader", __name__]
+    )
+    return context
 
 
 def _main(fn: Callable[..., Any], rank: int, world: int, folder: str, timeout_s: float, args: tuple[Any, ...]) -> None:

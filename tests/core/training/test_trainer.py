@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from core.errors import NonFiniteLoss
+from core.errors import AppError, NonFiniteLoss
 from core.models.flops import model_flops
 from core.specs.events import TRAINING_METRICS
+from core.training import checkpoint
 from core.training.trainer import MAX_SKIPPED, Outcome
 from tests.core.training.tiny import (
     Case,
@@ -143,6 +146,51 @@ def interrupted(rank: int, case: Case, spec: Any, folder: Path, after: int) -> t
     straight = train(rank, case, spec, folder / "straight")
     stopped(rank, case, spec, folder / "broken", after)
     return straight, train(rank, case, spec, folder / "broken")
+
+
+class TestSaving:
+    def test_a_checkpoint_that_cannot_be_written_fails_the_next_step_on_all_ranks(self, tmp_path: Path) -> None:
+        results = run(train_on_a_full_disk, 2, tmp_path)
+        assert [code for code, _ in results] == ["disk_full", "disk_full"]
+        assert all("rank 1" in message for _, message in results)
+        assert [path.name for path in tmp_path.iterdir()] == []
+
+    def test_what_is_being_written_when_training_fails_is_completed(self, tmp_path: Path) -> None:
+        rank, notes = Rank(ONE), Notes()
+        trainer = make_trainer(rank, training_spec(train_iters=100), tmp_path, notes)
+        trainer.save()
+        rank.model.load_state_dict({name: tensor * math.nan for name, tensor in rank.model.state_dict().items()})
+        with pytest.raises(NonFiniteLoss), closing(trainer.checkpoints):
+            trainer.train(steps(trainer, rank.config))
+        assert trainer.checkpoints.newest() == tmp_path / "iter_0000000"
+
+
+def train_on_a_full_disk(rank_number: int, folder: Path) -> tuple[str, str]:
+    """Rank 1 finds it full; training goes on until that is known."""
+    case = Case(micro_batches=(((0,),), ((1,),)))
+    parallel = {"llm_pp_layers": [[4]], "vit_pp_layers": [[4]], "nproc_per_node": 2}
+    spec = training_spec(train_iters=100, parallel=parallel, checkpoint={"save_interval": 2})
+    rank, notes = Rank(case), Notes()
+    trainer = make_trainer(rank, spec, folder, notes)
+    if rank_number == 1:
+
+        def full(*_: Any) -> str:
+            raise OSError(28, os.strerror(28))
+
+        checkpoint.write_pt = full  # this process ends with the test
+    save = trainer.checkpoints.save
+
+    def save_and_let_it_fail(*args: Any) -> None:
+        save(*args)
+        writing = trainer.checkpoints._writing
+        assert writing is not None
+        writing.wait_for_own_part()
+
+    trainer.checkpoints.save = save_and_let_it_fail  # type: ignore[method-assign]
+    with pytest.raises(AppError) as caught:
+        trainer.train(steps(trainer, rank.config))
+    assert trainer.facts.position.iteration == 2
+    return caught.value.code, caught.value.message
 
 
 class TestNotFinite:
