@@ -397,6 +397,14 @@ def exported(bench: Bench, target: Path, split: dict[str, Any]) -> set[str]:
     return set(inspect_hf_folder(target).tensors)
 
 
+def goes_on_in_one_process(bench: Bench, **changes: Any) -> list[float]:
+    """Resume a job of several processes from its second step, at another layout; return the losses."""
+    given = InputArtifact(None, "mm_checkpoint", bench.outputs()["checkpoint-0000002"], {})
+    spec = training_spec(resume_from={"path": "/c"}, **changes)
+    training.run(bench.context(spec, job="job_c", resume_from=given), spec)
+    return bench.losses(job="job_c")
+
+
 class TestUnderTorchrun:
     def test_two_stages_train_as_one_process_does(self, tmp_path: Path, hf_dir: Path) -> None:
         bench = Bench(tmp_path, hf_dir)
@@ -406,6 +414,7 @@ class TestUnderTorchrun:
         assert bench.losses() == pytest.approx(bench.losses(job="job_b"), rel=1e-4)
         assert "iteration 4/4 | consumed samples 16 |" in result.stdout
         assert exported(bench, tmp_path / "exported", SPLIT) == set(inspect_hf_folder(hf_dir).tensors)
+        assert goes_on_in_one_process(bench) == pytest.approx(bench.losses()[2:], rel=1e-4)
 
     def test_virtual_chunks_train_as_one_process_does(self, tmp_path: Path, bench: Bench) -> None:
         training.run(bench.context(spec := training_spec(), job="job_b"), spec)
@@ -424,6 +433,7 @@ class TestUnderTorchrun:
         assert result.returncode == 0, result.stdout + result.stderr
         assert bench.losses() == pytest.approx(bench.losses(job="job_b"), rel=1e-2)
         exported(bench, tmp_path / "exported", split)
+        assert goes_on_in_one_process(bench, precision="bf16") == pytest.approx(bench.losses()[2:], rel=1e-2)
         tables = [bench.store.attempt_dir(job, 1) / "parameters.json" for job in ("job_a", "job_b")]
         first, second = (json.loads(table.read_text())["summary"] for table in tables)
         assert first == second
