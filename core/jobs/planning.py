@@ -22,6 +22,7 @@ from core.jobs import repository
 from core.jobs.inspection import inspect_folder
 from core.jobs.lifecycle import JobState
 from core.jobs.principal import Principal
+from core.jobs.resuming import check_resume, checkpoint_metadata
 from core.models.layout import check_canonical
 from core.models.lora import Lora, adapted_layers
 from core.models.memory import LayerRecompute, Workload, activation_bytes, in_flight, training_memory
@@ -234,11 +235,8 @@ class Planner:
                 if name.startswith("adapter"):
                     return Subject("hf_adapter", {}, job=job)
                 model = self._look_up(spec.model)
-                metadata = {
-                    "config": model.metadata.get("config"),
-                    "parallel": _dump(spec.parallel.layout),
-                    "iteration": spec.train_iters,
-                }
+                iteration = int(name.rpartition("-")[2]) if "-" in name else spec.train_iters
+                metadata = {"config": model.metadata.get("config"), **checkpoint_metadata(spec), "iteration": iteration}
                 if spec.lora is not None:
                     metadata["lora"] = spec.lora.model_dump(mode="json")
                 return Subject("mm_checkpoint", metadata, model.size_bytes, job=job)
@@ -351,12 +349,8 @@ class Planner:
             )
         if data.metadata.get("num_train") == 0:
             raise InvalidDataset("spec.dataset has no training rows")
-        if "resume_from" in subjects and subjects["resume_from"].metadata.get("iteration") is None:
-            raise InvalidSpec(
-                "spec.resume_from: not a training checkpoint (it has no iteration); give it as model instead"
-            )
         if "resume_from" in subjects:
-            _refuse_resuming_lora(spec, subjects["resume_from"])
+            plan.warnings += check_resume(spec, subjects["resume_from"].metadata, model.metadata)
         config = model.config
         if config is None:
             return
@@ -561,18 +555,6 @@ def _is_side_output(job: Job, name: str) -> bool:
     if job.kind != "training":
         return False
     return re.fullmatch(r"adapter(-\d{7})?" if job.spec.get("lora") else r"checkpoint-\d{7}", name) is not None
-
-
-def _refuse_resuming_lora(spec: TrainingSpec, given: Subject) -> None:
-    if spec.lora is not None:
-        raise UnsupportedOption(
-            "spec.resume_from: a LoRA training cannot go on from another job's checkpoint; its own attempts resume by themselves",
-            hint="give the other job's merged checkpoint as model, without resume_from",
-        )
-    if given.metadata.get("lora"):
-        raise InvalidSpec(
-            "spec.resume_from: the merged checkpoint of a LoRA training has no state to resume from; give it as model"
-        )
 
 
 def _layer_recompute(spec: RecomputeSpec | None) -> LayerRecompute:

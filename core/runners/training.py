@@ -27,6 +27,7 @@ from core.conversion.mm import rank_dir
 from core.data.dataset import TokenisedDataset
 from core.device import Accelerator, get_accelerator
 from core.errors import AppError, IncompatiblePlan, InvalidModel
+from core.jobs.resuming import checkpoint_metadata
 from core.models.flops import Lora, ModelFlops, model_flops, peak_flops
 from core.models.hf_folder import read_config
 from core.models.layers.recompute import Recompute, RecomputePolicy
@@ -281,7 +282,6 @@ def _metadata(family: Family, config_json: dict[str, Any], spec: TrainingSpec) -
     return {
         "family": family.name,
         "config": config_json,
-        "parallel": spec.parallel.layout.model_dump(mode="json"),
         "canonical": False,
-        "dtype": str(DTYPES[spec.precision]).removeprefix("torch."),
+        **checkpoint_metadata(spec),
     }
