@@ -74,6 +74,17 @@ def start_reduce_scatter_rows(x: Tensor, group: ProcessGroup) -> Pending:
     return Pending(out, _REDUCE_SCATTER(out, x.contiguous(), group=group, async_op=True) if out.numel() else None)
 
 
+def start_reduce_scatter_in_place(x: Tensor, group: ProcessGroup) -> Pending:
+    """Begin to sum over the ranks what each needs its own rows of: those become the sum, the others have no meaning any more."""
+    own = own_rows(x, group)
+    return Pending(own, _REDUCE_SCATTER(own, x, group=group, async_op=True) if own.numel() else None)
+
+
+def start_gather_in_place(x: Tensor, group: ProcessGroup) -> Pending:
+    """Begin to fill in all other ranks' rows around this rank's own."""
+    return Pending(x, _ALL_GATHER(x, own_rows(x, group), group=group, async_op=True) if x.numel() else None)
+
+
 def sum_over(x: Tensor, group: ProcessGroup) -> Tensor:
     """Sum over the ranks, in place; `x` must be contiguous."""
     return start_sum(x, group).wait()
@@ -96,7 +107,7 @@ def own_rows(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _rows_per_rank(x: Tensor, group: ProcessGroup) -> int:
-    assert x.shape[0] % group.size() == 0, f"{x.shape[0]} rows over {group.size()} ranks: the batch was not padded"
+    assert x.shape[0] % group.size() == 0, f"{x.shape[0]} rows over {group.size()} ranks: not padded"
     return x.shape[0] // group.size()
 
 

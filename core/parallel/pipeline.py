@@ -18,6 +18,7 @@ where a tensor is empty (a text-only micro-batch has no image features) or where
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Generic, Protocol, TypeVar
@@ -30,6 +31,7 @@ from core.parallel.mesh import Mesh
 
 Batch = TypeVar("Batch")
 BatchIn = TypeVar("BatchIn", contravariant=True)
+Pass = AbstractContextManager[None]
 
 
 class StageModule(Protocol[BatchIn]):
@@ -121,15 +123,20 @@ class Pipeline(Generic[Batch]):
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def run(self, batches: Sequence[Batch]) -> None:
-        """Accumulate the gradients of all micro-batches of one step."""
+    def run(self, batches: Sequence[Batch], *, last_pass: Callable[[], Pass] = nullcontext) -> None:
+        """Accumulate the gradients of all micro-batches of one step.
+
+        The last backward pass through each of this rank's stages is made in a `last_pass()`, the head before it.
+        """
         batches = [self.prepare(batch) for batch in batches]
         if self.boundaries:
-            _Step(self, batches).run()
+            _Step(self, batches, last_pass).run()
         else:
-            for batch in batches:
+            for index, batch in enumerate(batches):
                 output = self.stages[0](batch)
-                self.backward(output, self.head(output, batch))
+                gradient = self.head(output, batch)
+                with last_pass() if index == len(batches) - 1 else nullcontext():
+                    self.backward(output, gradient)
 
     def backward(self, output: Tensor, gradient: Tensor | None) -> None:
         """Go back through a stage from the gradient of its output."""
@@ -162,9 +169,10 @@ class _Message:
 class _Step(Generic[Batch]):
     """The state of one step: what is between its forward and its backward, and what is under way."""
 
-    def __init__(self, pipeline: Pipeline[Batch], batches: Sequence[Batch]) -> None:
+    def __init__(self, pipeline: Pipeline[Batch], batches: Sequence[Batch], last_pass: Callable[[], Pass]) -> None:
         self.pipe = pipeline
         self.batches = batches
+        self.last_pass = last_pass
         self.last = len(pipeline.boundaries)
         self.held: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         """Input and output of a stage for a micro-batch that has still to go backward."""
@@ -202,7 +210,9 @@ class _Step(Generic[Batch]):
         else:
             arrived = self.arriving.pop(action, None)
             gradient = None if arrived is None else arrived.take()
-        self.pipe.backward(output, gradient)
+        is_last = action.batch == len(self.batches) - 1  # of this stage: micro-batches go back in their order
+        with self.last_pass() if is_last else nullcontext():
+            self.pipe.backward(output, gradient)
         if incoming is None or not incoming.requires_grad:
             return None
         return incoming.grad if incoming.grad is not None else torch.zeros_like(incoming)

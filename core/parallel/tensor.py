@@ -175,8 +175,9 @@ class _SplitOutput(torch.autograd.Function):
         if wants_x:
             addend = gradient.matmul(weight)
             leaving = start_reduce_scatter_rows(addend, group) if ctx.sequence else start_sum(addend, group)
-        if arriving is not None and getattr(weight, "accumulates", False):  # see core.models.layers.linear
+        if arriving is not None and hasattr(weight, "gradient_added"):  # see core.models.layers.linear
             weight.grad.addmm_(gradient.t(), arriving.wait())
+            weight.gradient_added()
         elif arriving is not None:
             d_weight = gradient.t().matmul(arriving.wait())
         d_bias = gradient.sum(0) if wants_bias else None

@@ -51,8 +51,8 @@ class FirstStep:
     def check(self, model: nn.Module, optimizer: Optimizer) -> tuple[int, int]:
         """Return how many trained parameters had a gradient, and how many of them moved. Raises WrongParametersTrained.
 
-        Trained ones are looked at in float32: a small step can be lost in bfloat16 weights. One without a gradient may
-        stand still, as an encoder does in a step without images.
+        Of trained ones each data-parallel rank looks at what it steps itself, in float32: a small step can be lost in bfloat16
+        weights. One without a gradient may stand still, as an encoder does in a step without images.
         """
         changed = [name for name, value in _frozen(model).items() if value != self.frozen[name]]
         if changed:
@@ -60,12 +60,7 @@ class FirstStep:
                 f"the first step changed {len(changed)} frozen parameters: {', '.join(changed[:8])}"
             )
         now = _trained(optimizer)
-        with_gradient = [
-            slot.name
-            for buffer in optimizer.buffers
-            for slot in buffer.slots
-            if bool(slot.view(buffer.gradients).any())
-        ]
+        with_gradient = [part.name for part, share in optimizer.parts() if bool(part.of(share.gradients).any())]
         num_moved = sum(now[name] != self.trained[name] for name in with_gradient)
         if with_gradient and not num_moved:
             raise WrongParametersTrained(
@@ -85,4 +80,4 @@ def _frozen(model: nn.Module) -> dict[str, int]:
 
 
 def _trained(optimizer: Optimizer) -> dict[str, int]:
-    return {slot.name: checksum(slot.view(group.master)) for group in optimizer.groups for slot in group.buffer.slots}
+    return {part.name: checksum(part.of(share.master)) for part, share in optimizer.parts()}

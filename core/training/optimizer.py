@@ -1,17 +1,18 @@
-"""AdamW over flat buffers: parameter groups, float32 master weights, learning-rate schedule, clipping by the global norm.
+"""AdamW over a flat buffer: float32 master weights, learning-rate schedule, clipping by the global norm.
 
-The trained parameters of a rank lie in two flat buffers, one with weight decay (matrices) and one without (norms, biases: Megatron's
-rule), so a step is a few operations on long vectors:
+The trained parameters of a rank lie in one flat buffer, in buckets with weight decay (matrices) and without (norms, biases: Megatron's
+rule), so a step is a few operations on long vectors. Each of the data-parallel ranks steps a share of every bucket (ZeRO-1):
 
-    gradients (sum over the global batch) --scale 1/targets, clip--> AdamW on float32 weights --cast--> bfloat16 weights
+    gradients (sum over the global batch) --scale 1/targets, clip--> AdamW on float32 weights --cast--> bfloat16 weights --> all ranks
 
-In float32 the flat weights are what AdamW updates; in bfloat16 it updates float32 master copies.
+In float32 the weights themselves are what AdamW updates; in bfloat16 it updates float32 master copies.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from core.parallel.collectives import sum_over
-from core.parallel.data import FlatBuffer
+from core.parallel.data import BUCKET_BYTES, Bucket, FlatBuffer, Part
 from core.parallel.mesh import Mesh
 from core.parallel.tensor import Held, local_name
 from core.specs.training import OptimizerSpec
@@ -82,50 +83,44 @@ class OptimizerState:
     """By the parameter's name in this rank's module."""
 
 
-@dataclass
-class Group:
-    """Parameters with one weight decay, in one flat buffer, and AdamW's state of them; all float32 but the buffer's weights."""
+@dataclass(frozen=True)
+class Treatment:
+    """What parameters of one bucket have in common."""
 
-    buffer: FlatBuffer
     weight_decay: float
+    held: Held
+    copy_of: str | None
+    """EMBEDDING or OUTPUT where it is tied across stages: alone in its bucket, so that both copies are divided alike."""
+
+
+@dataclass
+class Share:
+    """What this rank steps of a bucket, and AdamW's state of it; all float32 but the weights."""
+
+    bucket: Bucket
+    treatment: Treatment
+    weights: Tensor
+    gradients: Tensor
     master: Tensor
-    """What AdamW updates: the buffer's own weights, or a float32 copy of bfloat16 ones."""
+    """What AdamW updates: the weights, or a float32 copy of bfloat16 ones."""
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    slices: Tensor
-    """The gradients that no other tensor-parallel rank has: the beginning of the buffer's."""
-    addends: Tensor
-    """The gradients that are still to be summed over tensor-parallel ranks: the end of the buffer's."""
 
     @classmethod
-    def of(cls, parameters: list[tuple[str, nn.Parameter]], weight_decay: float, held: Mapping[str, Held]) -> Group:
-        """Lay the parameters into a flat buffer, with state as before the first update."""
-        parameters = sorted(parameters, key=lambda item: held.get(item[0], Held.SLICE))
-        buffer = FlatBuffer(parameters)
-        starts = [(held.get(slot.name, Held.SLICE), slot.start) for slot in buffer.slots]
-        copies, addends = (
-            next((start for kind, start in starts if kind >= first), buffer.gradients.numel())
-            for first in (Held.COPY, Held.ADDEND)
-        )
-        weights = buffer.weights
+    def of(cls, bucket: Bucket, buffer: FlatBuffer, treatment: Treatment) -> Share:
+        """Make the state before the first update."""
+        weights = bucket.share(buffer.weights)
         master = weights if weights.dtype == torch.float32 else weights.float()
-        return cls(
-            buffer,
-            weight_decay,
-            master,
-            exp_avg=torch.zeros_like(master),
-            exp_avg_sq=torch.zeros_like(master),
-            slices=buffer.gradients[:copies],
-            addends=buffer.gradients[addends:],
-        )
+        gradients = bucket.share(buffer.gradients)
+        return cls(bucket, treatment, weights, gradients, master, torch.zeros_like(master), torch.zeros_like(master))
 
     @property
     def has_copy(self) -> bool:
         """Whether the master weights are a copy."""
-        return self.master is not self.buffer.weights
+        return self.master is not self.weights
 
     def states(self) -> Iterator[tuple[Kind, Tensor]]:
-        """The flat tensors of a checkpoint beside the weights."""
+        """The tensors of a checkpoint beside the weights."""
         yield "exp_avg", self.exp_avg
         yield "exp_avg_sq", self.exp_avg_sq
         if self.has_copy:
@@ -133,58 +128,75 @@ class Group:
 
 
 class Optimizer:
-    """The trained parameters of this rank, their gradients, and AdamW's state."""
+    """The trained parameters of this rank, their gradients, and AdamW's state of its shares of them."""
 
     def __init__(
-        self, model: nn.Module, spec: OptimizerSpec, mesh: Mesh, *, held: Mapping[str, Held] | None = None
+        self,
+        model: nn.Module,
+        spec: OptimizerSpec,
+        mesh: Mesh,
+        *,
+        held: Mapping[str, Held] | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        """Lay the trained parameters of `model` into flat buffers; the model keeps using them as views.
+        """Lay the trained parameters of `model` into a flat buffer; the model keeps using them as views.
 
         `held` is what `shard` returned for the model, if it was cut over tensor-parallel ranks.
         """
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        matrices = [(name, parameter) for name, parameter in trained if parameter.ndim > 1]
-        vectors = [(name, parameter) for name, parameter in trained if parameter.ndim <= 1]
-        decays = ((matrices, spec.weight_decay), (vectors, 0.0))
+        treatments = {
+            name: Treatment(
+                spec.weight_decay if parameter.ndim > 1 else 0.0,
+                (held or {}).get(name, Held.SLICE),
+                local_name(name) if mesh.is_tied and local_name(name) in (EMBEDDING, OUTPUT) else None,
+            )
+            for name, parameter in trained
+        }
         self.mesh = mesh
         self.spec = spec
         self.num_steps = 0
-        self.groups = [Group.of(named, decay, held or {}) for named, decay in decays if named]
-        self._tied = self._tied_gradients() if mesh.is_tied else {}
-
-    @property
-    def buffers(self) -> list[FlatBuffer]:
-        """The flat buffers of all groups."""
-        return [group.buffer for group in self.groups]
+        self.buffer = FlatBuffer(
+            trained,
+            group=mesh.dp_group,
+            apart=treatments.__getitem__,
+            early={name for name, _ in trained if local_name(name) == OUTPUT},
+            bucket_bytes=bucket_bytes,
+        )
+        self.shares = [
+            Share.of(bucket, self.buffer, treatments[bucket.slots[0].name]) for bucket in self.buffer.buckets
+        ]
 
     def clear_gradients(self) -> None:
         """Set all gradients to zero, before the first micro-batch of a step."""
-        for buffer in self.buffers:
-            buffer.clear()
+        self.buffer.clear()
+
+    def last_pass(self) -> AbstractContextManager[None]:
+        """A backward pass after which its parameters get no more gradients in this step: begin to sum those that it completes."""
+        return self.buffer.last_pass()
 
     def reduce_gradients(self) -> None:
         """Sum gradients over data-parallel ranks, those of replicated weights over tensor-parallel ranks where each has an addend,
         and those of a tied embedding over its two copies: so all copies of a weight stay equal."""
-        for group in self.groups:
-            group.buffer.all_reduce(self.mesh.dp_group)
-            if self.mesh.tp_group is not None:
-                sum_over(group.addends, self.mesh.tp_group)
+        self.buffer.reduce()
+        for share in self.shares:
+            if share.treatment.held is Held.ADDEND and self.mesh.tp_group is not None:
+                sum_over(share.gradients, self.mesh.tp_group)
         self._sum_copies()
 
     def squared_norm(self) -> float:
-        """Return this rank's share of the squared gradient norm: what other ranks hold too is counted by the first of them.
+        """Return this rank's part of the squared gradient norm: of its shares, but what other ranks hold too is counted by the first of
+        them.
 
         Call it after `reduce_gradients`; the sum over all ranks is the squared norm over the whole model, not finite if any
         gradient is not.
         """
-        if self.mesh.dp_rank != 0:
-            return 0.0
-        is_first = self.mesh.tp_rank == 0
-        parts = [group.buffer.gradients if is_first else group.slices for group in self.groups]
-        total = sum((_squared_norm(part) for part in parts if part.numel()), start=torch.zeros(()))
-        if OUTPUT in self._tied:  # counted where the embedding is
-            total = total - _squared_norm(self._tied[OUTPUT])
-        return float(total)
+        counted = [
+            share.gradients
+            for share in self.shares
+            if (share.treatment.held is Held.SLICE or self.mesh.tp_rank == 0)
+            and share.treatment.copy_of != OUTPUT  # counted where the embedding is
+        ]
+        return _squared_norm(counted)
 
     def step(self, *, learning_rate: float, num_targets: float, squared_norm: float) -> float:
         """Divide by the number of targets, clip, update. `squared_norm` is of the undivided sums. Return the norm before clipping."""
@@ -192,25 +204,26 @@ class Optimizer:
         scale = 1.0 / num_targets
         if self.spec.clip_grad > 0 and norm > self.spec.clip_grad:
             scale *= self.spec.clip_grad / (norm + 1e-6)
-        for group in self.groups:
-            group.buffer.gradients.mul_(scale)
-            self._adamw(group, learning_rate)
-            if group.has_copy:
-                group.buffer.weights.copy_(group.master)
+        for share in self.shares:
+            share.gradients.mul_(scale)
+            self._adamw(share, learning_rate)
+            if share.has_copy:
+                share.weights.copy_(share.master)
         self.num_steps += 1
+        self.buffer.gather(self.buffer.weights)
         return norm
 
     @torch.no_grad()
-    def _adamw(self, group: Group, learning_rate: float) -> None:
+    def _adamw(self, share: Share, learning_rate: float) -> None:
         """Update the master weights by torch's AdamW (its function: the class would load the compiler, which takes seconds)."""
-        spec, is_fused = self.spec, _has_fused_adamw(group.master)
+        spec, is_fused = self.spec, _has_fused_adamw(share.master)
         # It counts this up; on the host where reading it would otherwise wait for the device.
-        num_steps = torch.full((), float(self.num_steps), device=group.master.device if is_fused else "cpu")
+        num_steps = torch.full((), float(self.num_steps), device=share.master.device if is_fused else "cpu")
         adamw(
-            [group.master],
-            [group.buffer.gradients],
-            [group.exp_avg],
-            [group.exp_avg_sq],
+            [share.master],
+            [share.gradients],
+            [share.exp_avg],
+            [share.exp_avg_sq],
             [],
             [num_steps],
             fused=is_fused,
@@ -218,29 +231,24 @@ class Optimizer:
             beta1=spec.adam_beta1,
             beta2=spec.adam_beta2,
             lr=learning_rate,
-            weight_decay=group.weight_decay,
+            weight_decay=share.treatment.weight_decay,
             eps=spec.adam_eps,
             maximize=False,
         )
 
+    def parts(self) -> Iterator[tuple[Part, Share]]:
+        """What this rank steps of each parameter, and the share that it lies in."""
+        return ((part, share) for share in self.shares for part in share.bucket.parts())
+
     def non_finite_parameters(self) -> list[str]:
-        """Return the names of parameters whose gradient holds a NaN or infinity."""
-        return [
-            slot.name
-            for buffer in self.buffers
-            for slot in buffer.slots
-            if not bool(torch.isfinite(slot.view(buffer.gradients)).all())
-        ]
+        """Return the names of parameters whose gradient holds a NaN or infinity in this rank's share."""
+        return [part.name for part, share in self.parts() if not bool(torch.isfinite(part.of(share.gradients)).all())]
 
     def state_dict(self) -> OptimizerState:
         """Return AdamW's state of what this rank steps; the tensors are views: write them out before the next step."""
-        if self.mesh.dp_rank != 0:
-            return OptimizerState(self.num_steps, {})
         pieces = {
-            slot.name: Piece(0, slot.stop - slot.start, {kind: flat[slot.start : slot.stop] for kind, flat in states})
-            for group in self.groups
-            for states in [list(group.states())]
-            for slot in group.buffer.slots
+            part.name: Piece(part.start, part.stop, {kind: part.of(state) for kind, state in share.states()})
+            for part, share in self.parts()
         }
         return OptimizerState(self.num_steps, pieces)
 
@@ -251,22 +259,16 @@ class Optimizer:
         of a parameter that is not known.
         """
         self.num_steps = num_steps
-        for group in self.groups:
-            for slot in group.buffer.slots:
-                for kind, flat in group.states():
-                    flat[slot.start : slot.stop].copy_(read(slot.name, kind, 0, slot.stop - slot.start))
-
-    def _tied_gradients(self) -> dict[str, Tensor]:
-        """Return the gradients of this rank's copies of an embedding tied across stages."""
-        slots = [(slot, buffer) for buffer in self.buffers for slot in buffer.slots]
-        named = {local_name(slot.name): slot.view(buffer.gradients) for slot, buffer in slots}
-        return {name: named[name] for name in (EMBEDDING, OUTPUT) if name in named}
+        for part, share in self.parts():
+            for kind, state in share.states():
+                part.of(state).copy_(read(part.name, kind, part.start, part.stop))
 
     def _sum_copies(self) -> None:
         """Give all copies of a tied embedding the sum of their gradients."""
-        if not self._tied:
+        copies = [share.gradients for share in self.shares if share.treatment.copy_of is not None]
+        if not copies:
             return
-        total, *others = self._tied.values()
+        total, *others = copies
         for other in others:  # virtual stages of one rank
             total.add_(other)
         if self.mesh.tied_group is not None:
@@ -279,7 +281,7 @@ def _has_fused_adamw(weights: Tensor) -> bool:
     return weights.device.type in ("cpu", "cuda")
 
 
-def _squared_norm(gradients: Tensor) -> Tensor:
-    """Return the squared 2-norm on the host, accumulated in float64 over float32 parts."""
-    norms = [torch.linalg.vector_norm(part) for part in gradients.reshape(-1).split(1 << 22)]
-    return torch.stack(norms).to("cpu", torch.float64).square().sum()
+def _squared_norm(gradients: list[Tensor]) -> float:
+    """Return the squared 2-norm of all together, accumulated in float64 over float32 parts; waits for the device once."""
+    norms = [torch.linalg.vector_norm(part) for tensor in gradients for part in tensor.split(1 << 22)]
+    return float(torch.stack(norms).to("cpu", torch.float64).square().sum()) if norms else 0.0

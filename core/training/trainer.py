@@ -138,7 +138,7 @@ class Trainer:
 
             self._at("compute", rows)
             self.optimizer.clear_gradients()
-            self.pipeline.run(batches)
+            self.pipeline.run(batches, last_pass=self.optimizer.last_pass)
             self._at("reduce", rows)
             self.optimizer.reduce_gradients()
             everyone = self._exchange(self.head.take(), batches, wait_s)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from core.parallel.mesh import Mesh
+from core.parallel.mesh import Mesh, build_mesh
 from core.specs.training import OptimizerSpec
-from core.training.optimizer import Optimizer, Schedule, build_schedule
+from core.training.optimizer import Kind, Optimizer, OptimizerState, Piece, Schedule, build_schedule
+from tests.distributed import run
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -82,15 +84,15 @@ class TestOptimizer:
     def test_bfloat16_weights_follow_float32_masters(self) -> None:
         module = model(torch.bfloat16)
         optimizer = Optimizer(module, OptimizerSpec(), Mesh())
-        start = [group.master.clone() for group in optimizer.groups]
+        start = [share.master.clone() for share in optimizer.shares]
         for _ in range(20):
             optimizer.clear_gradients()
             backward(module, torch.bfloat16)
             optimizer.step(learning_rate=1e-5, num_targets=1, squared_norm=optimizer.squared_norm())
-        for before, group in zip(start, optimizer.groups, strict=True):
-            assert group.master.dtype == torch.float32
-            assert not torch.equal(before, group.master)  # far too little for one bfloat16 step of a weight near 0.5
-            assert torch.equal(group.buffer.weights, group.master.bfloat16())
+        for before, share in zip(start, optimizer.shares, strict=True):
+            assert share.master.dtype == torch.float32
+            assert not torch.equal(before, share.master)  # far too little for one bfloat16 step of a weight near 0.5
+            assert torch.equal(share.weights, share.master.bfloat16())
 
     def test_frozen_parameters_have_neither_gradient_nor_state(self) -> None:
         module = model()
@@ -134,3 +136,78 @@ class TestOptimizer:
         module[2].weight.grad[0, 0] = math.inf  # type: ignore[index]
         assert not math.isfinite(optimizer.squared_norm())
         assert optimizer.non_finite_parameters() == ["2.weight"]
+
+
+class TestShares:
+    def test_a_state_of_two_ranks_goes_to_three_and_to_one(self) -> None:
+        """Read by element, wherever those lie."""
+        pieces = [state.pieces for state in run(_state, 2)]
+
+        read = reader(pieces)
+        module = model()
+        alone = Optimizer(module, OptimizerSpec(), Mesh())
+        stepped(module, alone)
+        for name, piece in alone.state_dict().pieces.items():
+            assert all(torch.equal(read(name, kind, 0, piece.stop), state) for kind, state in piece.tensors.items())
+        expected = stepped(module, alone)
+        for found in run(_resumed, 3, pieces):
+            assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+
+    def test_the_rank_that_steps_a_bad_gradient_names_it_and_every_rank_knows(self) -> None:
+        (mine, first), (others, second) = run(_overflowing, 2)
+        assert sorted(mine + others) == ["0.weight"]
+        assert not math.isfinite(first + second)
+
+
+def stepped(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    optimizer.clear_gradients()
+    with optimizer.last_pass():
+        if optimizer.mesh.dp_rank == 0:  # the others had nothing to do
+            backward(module)
+    optimizer.reduce_gradients()
+    optimizer.step(learning_rate=1e-2, num_targets=1, squared_norm=0.0)
+    return {name: weight.detach().clone() for name, weight in module.named_parameters()}
+
+
+def reader(pieces: list[dict[str, Piece]]) -> Callable[[str, Kind, int, int], Tensor]:
+    """What `load_state` takes, from the pieces of several ranks."""
+
+    def read(name: str, kind: Kind, start: int, stop: int) -> Tensor:
+        whole = torch.full((stop,), math.nan)
+        for piece in (part[name] for part in pieces if name in part):
+            end = min(piece.stop, stop)
+            whole[piece.start : end] = piece.tensors[kind][: max(end - piece.start, 0)]
+        return whole[start:]
+
+    return read
+
+
+def _optimizer(module: nn.Module, dp_size: int) -> Optimizer:
+    return Optimizer(module, OptimizerSpec(), build_mesh(pp_size=1, dp_size=dp_size), bucket_bytes=256)
+
+
+def _state(rank: int) -> OptimizerState:
+    module = model()
+    optimizer = _optimizer(module, 2)
+    stepped(module, optimizer)
+    return optimizer.state_dict()
+
+
+def _resumed(rank: int, pieces: list[dict[str, Piece]]) -> dict[str, Tensor]:
+    """The second step."""
+    module = model()
+    alone = Optimizer(module, OptimizerSpec(), Mesh())
+    stepped(module, alone)  # for the weights
+    optimizer = _optimizer(module, 3)
+
+    optimizer.load_state(1, reader(pieces))
+    return stepped(module, optimizer)
+
+
+def _overflowing(rank: int) -> tuple[list[str], float]:
+    module = model()
+    optimizer = _optimizer(module, 2)
+    if rank == 1:
+        optimizer.buffer.slot("0.weight").view(optimizer.buffer.gradients)[0, 0] = math.inf  # type: ignore[union-attr]
+    optimizer.reduce_gradients()
+    return optimizer.non_finite_parameters(), optimizer.squared_norm()

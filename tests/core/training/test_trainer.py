@@ -226,7 +226,7 @@ class TestNotFinite:
 
         def overflow() -> None:
             reduce()
-            rank.optimizer.buffers[0].gradients[0] = math.inf
+            rank.optimizer.buffer.gradients[0] = math.inf
 
         rank.optimizer.reduce_gradients = overflow  # type: ignore[method-assign]
         trainer.train(steps(trainer, rank.config))

@@ -44,6 +44,8 @@ IMAGE, VIDEO, START, END = 90, 91, 92, 93
 PATCH_DIM = 3 * 2 * 14 * 14
 SMOOTH = OptimizerSpec(lr=1e-2, adam_eps=1e-2)
 """With so large an epsilon one step of AdamW does not turn the rounding of a zero gradient into a whole step."""
+SMALL_BUCKET = 1 << 15
+"""Bytes; a decoder layer has about as much."""
 NOTHING_FROZEN = FreezeSpec(vision_encoder=False, vision_projector=False, text_decoder=False)
 
 
@@ -175,6 +177,7 @@ class Case:
     vpp: int = 1
     """`llm` and `vit` count the layers of `vpp` stages per rank, in the order of the model"""
     recompute: Recompute | None = None
+    dtype: torch.dtype = torch.float32
     loss_reduction: LossReduction = "token"
     lora: tuple[str, ...] = ()
     """`target_modules` of adapters of rank 4"""
@@ -221,7 +224,7 @@ class Rank:
             tied_stages=[stage.index % case.pp for stage in ends] if case.tied else (),
         )
         self.own_stages = self.stages[self.mesh.pp_rank :: case.pp]
-        chunks = [stage_model(self.config, stage, recompute=case.recompute) for stage in self.own_stages]
+        chunks = [stage_model(self.config, stage, recompute=case.recompute).to(case.dtype) for stage in self.own_stages]
         self.model: nn.Module = join(chunks)
         freeze(self.model, case.frozen, all_weights=bool(case.lora))
         held = shard_chunks(chunks, PLAN, self.mesh)
@@ -232,9 +235,8 @@ class Rank:
             parameters = dict(self.model.named_parameters())
             for name, value in self.adapters.initial(self.own_stages, self.mesh):
                 parameters[name].data.copy_(value)
-        self.optimizer = Optimizer(
-            self.model, optimizer or SMOOTH.model_copy(update={"clip_grad": case.clip_grad}), self.mesh, held=held
-        )
+        spec = optimizer or SMOOTH.model_copy(update={"clip_grad": case.clip_grad})
+        self.optimizer = Optimizer(self.model, spec, self.mesh, held=held, bucket_bytes=SMALL_BUCKET)
         accelerator = CpuAccelerator()
         # The case of one rank, which the others are compared with, computes every position.
         trims = self.mesh.tp_group is None and (case.world_size > 1 or case.recompute is not None)
@@ -255,12 +257,12 @@ class Rank:
         counts = [rows[i].num_targets for rank in case.micro_batches for part in rank for i in part]
         divisor = total_weight(np.array(counts), case.loss_reduction)
         self.optimizer.clear_gradients()
-        self.pipeline.run([batch for batch in batches if batch.rows])
+        self.pipeline.run([batch for batch in batches if batch.rows], last_pass=self.optimizer.last_pass)
         self.optimizer.reduce_gradients()
+        buffer = self.optimizer.buffer
+        buffer.gather(buffer.gradients)  # each rank has its shares
         gradients = {
-            self.global_name(slot.name): slot.view(buffer.gradients).clone() / divisor
-            for buffer in self.optimizer.buffers
-            for slot in buffer.slots
+            self.global_name(slot.name): slot.view(buffer.gradients).clone() / divisor for slot in buffer.slots
         }
         row = [sum(self.head.take()), self.optimizer.squared_norm()]
         device = torch.device("cpu")
