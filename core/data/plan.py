@@ -20,7 +20,7 @@ import numpy.typing as npt
 from core.errors import IncompatiblePlan, InvalidDataset
 
 PATCH_COST = 0.1
-"""Cost of one image patch relative to one text token: a 0.6 B vision encoder beside a 7 B decoder."""
+"""Cost of one patch relative to one text token: a 0.6 B vision encoder beside a 7 B decoder."""
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 6
@@ -58,7 +58,7 @@ def plan_step(
 ) -> StepPlan:
     """Plan the step that starts after `consumed_samples` samples of the run.
 
-    `lengths`, `patches`: tokens and image patches of every row, [N]. `token_budget`: most tokens per micro-batch
+    `lengths`, `patches`: tokens and patches of every row, [N]. `token_budget`: most tokens per micro-batch
     (micro_batch_size × seq_length). `patch_budget`: most patches per micro-batch; without it the token budget limits
     them, since an image has a token for every merge² patches. `min_micro_batches`: at least so many per rank, to fill a
     pipeline. Raises InvalidDataset for a row that fits no micro-batch.
@@ -161,8 +161,8 @@ def _check_fits(item: _Item, row: int, token_budget: int, patch_budget: int | No
         )
     if patch_budget is not None and item.patches > patch_budget:
         raise InvalidDataset(
-            f"row {row} has {item.patches} image patches, a micro-batch holds {patch_budget}",
-            hint="make the data set with a smaller image_max_pixels",
+            f"row {row} has {item.patches} patches of images and videos, a micro-batch holds {patch_budget}",
+            hint="make the data set with a smaller image_max_pixels, video_max_pixels or video_max_frames",
         )
 
 

@@ -110,7 +110,8 @@ class Preparer:
         length = len(encoded.input_ids)
         if length > self._options.cutoff_len:
             in_media = f"{sum(num_tokens)} of images{' and videos' if sample.videos else ''}"
-            raise BadRow("too_long", f"{length} tokens ({in_media}), cutoff_len is {self._options.cutoff_len}")
+            remedy = "; video_max_frames and video_max_pixels make videos shorter" if sample.videos else ""
+            raise BadRow("too_long", f"{length} tokens ({in_media}), cutoff_len is {self._options.cutoff_len}{remedy}")
         if self._options.check_images:
             for given, path in zip(sample.images, located.images, strict=True):
                 if damage := self._damage(path):

@@ -313,7 +313,7 @@ def _container(path: Path) -> Iterator[InputContainer]:
         "protocol_whitelist": "file",
     }
     try:
-        container = av.open(str(path.absolute()), options=limits)
+        container = av.open(str(path.absolute()), options=limits, metadata_errors="ignore")
     except Exception as error:  # foreign bytes: a parser may raise anything
         raise MediaError("unreadable_video", f"the header cannot be read: {_reason(error)}") from error
     with container:
@@ -326,8 +326,8 @@ def _stream(container: InputContainer) -> _Source:
     stream = container.streams.video[0]
     context = stream.codec_context
     if context is None or context.name not in CODECS:
-        name = "unknown" if context is None else context.name
-        raise MediaError("unreadable_video", f"the codec {name} is none of {', '.join(CODECS)}")
+        name = "" if context is None else f" {context.name}"
+        raise MediaError("unreadable_video", f"the codec{name} is not one that user files may reach")
     context.thread_count = 1  # the caller's threads and processes are the parallel ones
     context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # sizes may change in mid-stream
     rate = _believed(stream.average_rate or stream.guessed_rate or Fraction(0))

@@ -194,14 +194,14 @@ class Trainer:
             self.pipeline.run([batch] * self.mesh.pp_size)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
-                f"the largest micro-batch ({batch.num_tokens} tokens, {batch.num_patches} image patches) does not fit the "
+                f"the largest micro-batch ({batch.num_tokens} tokens, {batch.num_patches} patches) does not fit the "
                 f"device: {error}",
                 hint="use recompute, a smaller micro_batch_size × seq_length, or more tp or pp",
             ) from error
         self.head.take()
         self.optimizer.clear_gradients()
         self.reporter.log.info(
-            "the largest micro-batch fits: %d tokens, %d image patches", batch.num_tokens, batch.num_patches
+            "the largest micro-batch fits: %d tokens, %d patches", batch.num_tokens, batch.num_patches
         )
         self.meters.restart()
 

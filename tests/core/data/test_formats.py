@@ -23,6 +23,7 @@ from core.data.formats import (
     read_records,
 )
 from core.errors import InvalidDataset
+from tests.services import REPOSITORY
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
@@ -171,6 +172,14 @@ class TestParseRecord:
     def test_images_and_videos_keep_their_order(self) -> None:
         sample = parse_record(llava("<video><image>", "x", "<image>", "y", images=["a", "b"], video="c"))
         assert sample.placeholders() == [VIDEO, IMAGE, IMAGE]
+
+    def test_what_the_readme_shows_is_accepted(self) -> None:
+        readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+        lines = readme.split("```jsonl\n")[1].split("```")[0].splitlines()
+        samples = [parse_record(line.encode()) for line in lines]
+        assert [(len(sample.images), sample.videos) for sample in samples] == [
+            (1, ()), (2, ()), (0, (("c.mp4",),)), (0, (("f1.jpg", "f2.jpg"),)),
+        ]  # fmt: skip
 
     def test_a_line_is_parsed(self) -> None:
         assert parse_record(json.dumps(llava("hi", "yes")).encode()) == parse_record(llava("hi", "yes"))

@@ -119,7 +119,7 @@ class TestPlanStep:
             plan([65], size=1)
 
     def test_a_row_with_too_many_patches_is_named(self) -> None:
-        with pytest.raises(InvalidDataset, match="row 0 has 128 image patches, a micro-batch holds 100"):
+        with pytest.raises(InvalidDataset, match="row 0 has 128 patches of images and videos, a micro-batch holds 100"):
             plan([64], size=1, patch_budget=100)
 
     def test_an_empty_data_set_is_refused(self) -> None:
