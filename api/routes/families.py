@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends
 from api.auth import authenticate
 from api.problems import responses
 from api.schemas import FamiliesOut, FamilyOut, SizeOut
-from core.models.qwen2_5_vl.family import Config
+from core.models.config import Config
 from core.models.registry import FAMILIES, Family
 from core.specs import SPECS
 

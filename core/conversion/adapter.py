@@ -27,11 +27,11 @@ from core.models.adapter import (
     inspect_adapter_folder,
     new_adapter_config,
 )
+from core.models.config import Config
 from core.models.hf_folder import read_json
 from core.models.mapping import Shape, new_name, old_name
 from core.models.mm_folder import MMFolder, inspect_mm_folder
 from core.models.plan import Split
-from core.models.qwen2_5_vl.family import Config
 
 KEYS_FILE = "adapter_keys.json"
 """In `hf/`: PEFT's keys, in order."""

@@ -23,6 +23,7 @@ from core.conversion.output import (
     write_weights,
 )
 from core.errors import InvalidModel, UnknownWeights
+from core.models.config import Config
 from core.models.hf_folder import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -36,7 +37,6 @@ from core.models.layout import hf_shapes, rank_layouts, tied_names
 from core.models.mapping import old_name
 from core.models.mm_folder import MMFolder, inspect_mm_folder
 from core.models.plan import Split
-from core.models.qwen2_5_vl.family import Config
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"})
 DEFAULT_SHARD_BYTES = 5_000_000_000

@@ -11,11 +11,11 @@ from core.conversion.apply import Bytes, WeightSource, chunks, layout_dtype
 from core.conversion.hf import HFWeights
 from core.conversion.mm import MMWeights
 from core.errors import InvalidModel
+from core.models.config import Config
 from core.models.hf_folder import inspect_hf_folder
 from core.models.layout import TensorLayout, stage_layout
 from core.models.mm_folder import inspect_mm_folder
 from core.models.plan import Split, Stage
-from core.models.qwen2_5_vl.family import Config
 
 
 def load_stage(

@@ -31,13 +31,13 @@ from core.conversion.verify import VerificationFailed
 from core.device import get_accelerator
 from core.errors import UnsupportedOption
 from core.models.batch import PackedBatch
+from core.models.config import Config
 from core.models.hf_folder import HFFolder
 from core.models.layout import hf_shapes, tied_names
 from core.models.mapping import Place, Rename, at_layer, old_name, width
 from core.models.mm_folder import MMFolder
 from core.models.plan import Column, GateUp, Replicate, ShardRule, Split, stages, whole
 from core.models.positions import mrope_positions
-from core.models.qwen2_5_vl.family import Config
 from core.models.registry import get_family
 
 TOLERANCE = 1e-4

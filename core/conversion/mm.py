@@ -14,12 +14,12 @@ from core.conversion.files import HashingWriter, OutTensor, make_folder
 from core.conversion.pt import PtFile, PtTensor, from_torch, write_pt
 from core.errors import CorruptCheckpoint, IncompatiblePlan, UnknownWeights
 from core.models.adapter import adapter_layouts, shapes_of_ranks
+from core.models.config import Config
 from core.models.hf_folder import listed
 from core.models.layout import Block, RankLayout, TensorLayout, rank_layouts, tied_names
 from core.models.mapping import Rename, Shape
 from core.models.mm_folder import RANK_FILE, TRACKER, MMFolder, rank_dir
 from core.models.plan import Split
-from core.models.qwen2_5_vl.family import Config
 from core.models.registry import get_family
 
 if TYPE_CHECKING:

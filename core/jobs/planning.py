@@ -23,11 +23,11 @@ from core.jobs.inspection import inspect_folder
 from core.jobs.lifecycle import JobState
 from core.jobs.principal import Principal
 from core.jobs.resuming import check_resume, checkpoint_metadata
+from core.models.config import Config
 from core.models.layout import check_canonical
 from core.models.lora import Lora, adapted_layers
 from core.models.memory import LayerRecompute, Workload, activation_bytes, in_flight, training_memory
 from core.models.plan import Stage, stages
-from core.models.qwen2_5_vl.family import Config
 from core.models.registry import detect, get_family
 from core.scheduler.placement import Need, offers_devices
 from core.settings import Settings

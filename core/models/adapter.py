@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import CorruptCheckpoint, IncompatiblePlan, InvalidModel, UnknownWeights
+from core.models.config import Config
 from core.models.hf_folder import TensorEntry, listed, read_header, read_json
 from core.models.layout import Block, RankLayout, TensorLayout
 from core.models.mapping import InterleaveQKV, Place, Rename, Shape, at_layer, new_name, old_name
 from core.models.plan import Column, Split, Stage, stages, whole
-from core.models.qwen2_5_vl.family import Config
 from core.models.registry import get_family
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InvalidModel, UnknownWeights
+from core.models.config import Config
 from core.models.layout import hf_shapes, tied_names
 from core.models.mapping import Shape, old_name
-from core.models.qwen2_5_vl.family import Config
 from core.models.registry import detect
 
 INDEX_FILE = "model.safetensors.index.json"

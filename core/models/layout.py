@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from core.errors import IncompatiblePlan
+from core.models.config import Config
 from core.models.mapping import Dims, Rename, Rule, Shape, at_layer, width
 from core.models.plan import Cut, Replicate, ShardRule, Split, Stage, stages, whole
-from core.models.qwen2_5_vl.family import Config
 from core.models.registry import get_family
 
 

@@ -17,9 +17,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from core.errors import InvalidSpec
+from core.models.config import Config
 from core.models.mapping import Place, Rows
 from core.models.plan import Column, Plan, Replicate, ShardRule, Stage
-from core.models.qwen2_5_vl.family import Config
 from core.models.registry import get_family
 
 TOWERS = ("vision_encoder", "vision_projector", "text_decoder")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InvalidDataset
-from core.models.qwen2_5_vl.family import Config
+from core.models.config import Config
 
 
 def mrope_positions(

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.errors import InvalidModel, NotFound
+from core.models.config import Config
 from core.models.mapping import Rule
 from core.models.plan import Plan, Stage, legal_tp
 from core.models.qwen2_5_vl import family as qwen2_5_vl
-from core.models.qwen2_5_vl.family import Config
 from core.models.qwen2_vl import family as qwen2_vl
 
 
@@ -50,8 +50,8 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family(
             name=qwen2_5_vl.NAME,
-            model_type=qwen2_5_vl.MODEL_TYPE,
-            parse_config=Config.from_hf,
+            model_type=qwen2_5_vl.NAME,
+            parse_config=qwen2_5_vl.parse_config,
             sizes=qwen2_5_vl.SIZES,
             mapping=qwen2_5_vl.MAPPING,
             canonical_mapping=qwen2_5_vl.CANONICAL_MAPPING,
@@ -60,8 +60,8 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             name=qwen2_vl.NAME,
-            model_type=qwen2_vl.MODEL_TYPE,
-            parse_config=qwen2_vl.Config.from_hf,
+            model_type=qwen2_vl.NAME,
+            parse_config=qwen2_vl.parse_config,
             sizes=qwen2_vl.SIZES,
             mapping=qwen2_vl.MAPPING,
             canonical_mapping=None,

@@ -17,9 +17,9 @@ from core.conversion.journal import Journal
 from core.conversion.output import Options, Written
 from core.errors import DiskFull, IncompatiblePlan, InvalidSpec
 from core.models.adapter import inspect_adapter_folder
+from core.models.config import Config
 from core.models.hf_folder import inspect_hf_folder, read_config
 from core.models.mm_folder import MMFolder, inspect_mm_folder
-from core.models.qwen2_5_vl.family import Config
 from core.models.registry import detect
 from core.runners.context import InputArtifact, RunContext, Stopped
 from core.specs.conversion import ConversionSpec

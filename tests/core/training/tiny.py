@@ -51,6 +51,7 @@ NOTHING_FROZEN = FreezeSpec(vision_encoder=False, vision_projector=False, text_d
 
 def tiny_config(*, tied: bool = False, vit_layers: int = 4, llm_layers: int = 4) -> Config:
     return Config(
+        family="qwen2_5_vl",
         text=TextConfig(
             num_hidden_layers=llm_layers,
             hidden_size=32,

@@ -52,7 +52,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"model_type": "qwen2_vl"}, "model_type is 'qwen2_vl'"),
+            ({"model_type": "llama"}, "model_type is 'llama'"),
             ({"hidden_size": None}, "has no hidden_size"),
             ({"hidden_size": "64"}, "hidden_size is '64', but must be a positive integer"),
             ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
