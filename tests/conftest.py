@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from hypothesis import settings
 
@@ -14,6 +15,14 @@ from tests.services import REPOSITORY, Postgres, RedisServer, running_postgres, 
 
 settings.register_profile("temper", deadline=None)  # how long an example takes is the machine's affair
 settings.load_profile("temper")
+
+# The same examples in every run, and no time limit on one: a loaded machine must not make a test fail, and CI must not find what
+# nobody changed. To look for more: pytest --hypothesis-profile=explore
+hypothesis.settings.register_profile(
+    "steady", deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session")

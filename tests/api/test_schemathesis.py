@@ -39,7 +39,7 @@ CHECKS = [
     unsupported_method,
     ignored_auth,
 ]
-EXAMPLES = 30
+EXAMPLES = 16
 
 schemathesis.serializer.alias("application/offset+octet-stream", "application/octet-stream")
 

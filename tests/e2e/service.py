@@ -1,7 +1,10 @@
 """A running Temper of either mode, as the tests of the road and of its perils use it."""
 
 import contextlib
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import psutil
 from api.client import Client, Job
 from tests.digits import write_digits, write_model
 from tests.road import digits_road, submit_road
-from tests.services import Temper, TemperCluster, processes_of_home, wait_until
+from tests.services import REPOSITORY, Temper, TemperCluster, processes_of_home, wait_until
 
 HASTE = {
     "TEMPER_HEARTBEAT_S": "0.3",
@@ -55,6 +58,15 @@ class Service:
         kind, spec = self.road["train"]
         inputs = {"model": {"job": self.made["convert"]}, "dataset": {"job": self.made["dataset"]}}
         return self.client.submit(kind, spec | inputs | changes, name="train")
+
+    def cli(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Run `temper` as a user on this machine would."""
+        environment = {"TEMPER_URL": self.server.url, "TEMPER_HOME": str(self.home), "COLUMNS": "200"}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("TEMPER_")}
+        return subprocess.run(
+            [sys.executable, "-m", "api.cli", *arguments],
+            capture_output=True, text=True, check=False, timeout=300, cwd=REPOSITORY, env=inherited | environment,
+        )  # fmt: skip
 
     def wait_for_step(self, job: Job, step: int) -> None:
         """Wait until the server knows the metrics of that step."""

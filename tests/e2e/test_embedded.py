@@ -1,11 +1,7 @@
 """The whole road through HTTP, against `temper serve` as a user starts it. Small on purpose: `make demo` is the large one."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +9,9 @@ import pytest
 from safetensors import safe_open
 
 from api.client import TERMINAL_STATES, ApiError, Client, Event, Job
-from tests.digits import SHAPE, write_digits, write_model
+from tests.digits import SHAPE
+from tests.e2e.service import Service
 from tests.road import STATIONS, digits_road, photos_road, submit_road
-from tests.services import REPOSITORY, Temper, processes_of_home
 from tests.tiny import tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -27,36 +23,9 @@ LINE = re.compile(
 )
 
 
-@dataclass
-class Service:
-    """A running server, its client, and the folder that it may register from."""
-
-    server: Temper
-    client: Client
-    folder: Path
-
-    def cli(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        environment = {"TEMPER_URL": self.server.url, "TEMPER_HOME": str(self.server.home), "COLUMNS": "200"}
-        command = [sys.executable, "-m", "api.cli", *arguments]
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("TEMPER_")}
-        return subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-            cwd=REPOSITORY,
-            env=inherited | environment,
-        )
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("service")
-    server = Temper(folder / "home", allow_roots=[folder])
-    with server, Client(server.url, server.admin_key) as client:
-        yield Service(server, client, folder)
-    assert processes_of_home(server.home) == []
+@pytest.fixture
+def service(embedded: Service) -> Service:
+    return embedded
 
 
 @dataclass
@@ -69,12 +38,10 @@ class Walked:
 
 
 @pytest.fixture(scope="module")
-def walked(service: Service) -> Walked:
-    client = service.client
-    model = write_model(service.folder / "model")
-    write_digits(service.folder / "digits", limit=160)
+def walked(embedded: Service) -> Walked:
+    client, model = embedded.client, embedded.folder / "model"
     registered = client.register("hf_model", model)
-    uploaded = client.upload("dataset_source", service.folder / "digits", chunk_bytes=100_000)
+    uploaded = client.upload("dataset_source", embedded.folder / "digits", chunk_bytes=100_000)
     submitted = submit_road(client, digits_road(registered.id, uploaded.id, train_iters=TRAIN_ITERS))
     assert submitted["train"].state == "waiting"
     events = list(client.events(submitted["train"].id))
