@@ -171,6 +171,7 @@ def submit(
             jobs.append(client.submit(body.pop("kind"), body.pop("spec"), **body))
             if not as_json:
                 out.print(f"{jobs[-1].id}  {jobs[-1].kind}  {escape(jobs[-1].name or '')}", highlight=False)
+                _print_risks(client, jobs[-1], following=follow)
         if follow:
             jobs = _follow_all(client, jobs)
         if as_json:
@@ -483,6 +484,17 @@ def _follow_all(client: Client, jobs: list[Job]) -> list[Job]:
         unfinished = [job.id for job in jobs if not client.job(job.id).finished]
         err.print(f"no longer following; still going: {' '.join(unfinished)} (stop with `temper cancel ID`)")
         raise typer.Exit(130) from None
+
+
+def _print_risks(client: Client, job: Job, *, following: bool) -> None:
+    """Why the job may fail when it runs, which the server says in the job's history."""
+    if following:
+        return  # it comes with the other events
+    for event in client.history(job.id):
+        if event.type == "warning":
+            err.print(
+                f"  [yellow]warning:[/] {escape(str(event.data.get('message')))}", highlight=False, soft_wrap=True
+            )
 
 
 def _exit_by_state(jobs: list[Job]) -> None:

@@ -106,6 +106,7 @@ class Plan(BaseModel):
     device_memory_bytes: int | None = Field(None, description="Memory of a device that `fits` is against.")
     suggestions: list[str] = Field([], description="Where a rank does not fit: changes of the spec with which all do.")
     warnings: list[str] = []
+    risks: list[str] = Field([], description="Why it may fail when it runs; a job is accepted all the same.")
 
 
 @dataclass(frozen=True)
@@ -347,6 +348,11 @@ class Planner:
                 f"spec.seq_length ({spec.seq_length}) is shorter than the longest row of the data set ({longest} tokens)",
                 hint=f"set seq_length to at least {longest}, or build the data set with a smaller cutoff_len",
             )
+        cutoff = data.metadata.get("cutoff_len")
+        if longest is None and cutoff is not None and cutoff > spec.seq_length:
+            plan.risks.append(
+                f"seq_length ({spec.seq_length}) is below the data set's cutoff_len ({cutoff}): the training fails if a row is longer"
+            )
         if data.metadata.get("num_train") == 0:
             raise InvalidDataset("spec.dataset has no training rows")
         if "resume_from" in subjects:
@@ -377,7 +383,7 @@ class Planner:
                 spec, config, plan.device_memory_bytes, hosts=[len(node.devices) for node in nodes], fused=fused
             )
             worst = max(plan.memory_per_rank, key=lambda rank: rank.total_bytes)
-            plan.warnings.append(
+            plan.risks.append(
                 f"pipeline rank {worst.pipeline_rank} needs about {worst.total_bytes / GIB:.1f} GiB, a device has "
                 f"{plan.device_memory_bytes / GIB:.1f} GiB: "
                 + ("; or ".join(plan.suggestions) or "no simple change makes it fit on the devices that there are")

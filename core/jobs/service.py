@@ -31,7 +31,7 @@ def plan(session: Session, *, settings: Settings, store: Store, principal: Princ
 
 def submit(session: Session, *, settings: Settings, store: Store, principal: Principal, request: JobRequest) -> Job:
     """Check the job and put it in line."""
-    plan(session, settings=settings, store=store, principal=principal, request=request)
+    planned = plan(session, settings=settings, store=store, principal=principal, request=request)
     _check_limit(session, settings, principal)
     need, now = need_of(request.spec), utcnow()
     job = Job(
@@ -67,9 +67,9 @@ def submit(session: Session, *, settings: Settings, store: Store, principal: Pri
         )
     session.flush()
     job.state = _first_state(session, job.id).value
-    append_events(
-        session, job.id, [("state", None, {"from": None, "state": job.state, "reason": "submitted"})], attempt=None
-    )
+    submitted = ("state", None, {"from": None, "state": job.state, "reason": "submitted"})
+    risks = [("warning", None, {"code": "risk", "message": risk}) for risk in planned.risks]
+    append_events(session, job.id, [submitted, *risks], attempt=None)
     session.refresh(job)
     return job
 

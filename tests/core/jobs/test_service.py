@@ -17,7 +17,7 @@ from core.errors import (
     NotFound,
     UnsupportedOption,
 )
-from core.jobs import service
+from core.jobs import repository, service
 from core.jobs.lifecycle import JobState, transition
 from core.jobs.principal import Principal
 from core.settings import Settings
@@ -318,6 +318,20 @@ class TestChains:
             reshard = {"operation": "reshard", "source": {"job": convert.id}, "parallel": {**LAYOUT_7B, "tp_size": 3}}
             with pytest.raises(IncompatiblePlan, match="tp_size=3"):
                 submit(session, settings, "conversion", reshard)
+
+    def test_why_a_job_may_fail_all_the_same_stands_in_its_history(
+        self, database: Database, settings: Settings, tmp_path: Path
+    ) -> None:
+        with database.write() as session:
+            model, source = hf_7b(session), dataset_source(session, tmp_path / "source")
+            spec = {"source": {"artifact": source.id}, "annotations": "a.json", "tokenizer": {"artifact": model.id}}
+            data = submit(session, settings, "dataset", {**spec, "cutoff_len": 2048})
+            spec = training_spec(model, source, dataset={"job": data.id}, seq_length=1024)
+            job = submit(session, settings, "training", spec)
+            told = [event.data for event in repository.events_after(session, job.id, 0) if event.type == "warning"]
+        assert [data["code"] for data in told] == ["risk", "risk"]
+        assert told[0]["message"].startswith("seq_length (1024) is below the data set's cutoff_len (2048)")
+        assert "pipeline rank 1 needs about" in told[1]["message"]
 
     def test_the_wrong_output_is_refused(self, database: Database, settings: Settings) -> None:
         with database.write() as session:
