@@ -36,6 +36,8 @@ TARGET_WEIGHT: dict[LossReduction, Callable[[int], float]] = {
     "square": lambda num_targets: num_targets**-0.5,
 }
 """Weight of one target token in the loss, by the number of targets of its sample (InternVL's `len2weight`)."""
+PREFETCH = 4
+"""Batches that are prepared ahead of use."""
 CACHE_BYTES = 256 << 20
 """Memory of a rank for rows that were decoded before: a small data set is decoded once, not once per epoch."""
 
@@ -80,7 +82,7 @@ class StepLoader:
         pad_to_patches: int | None = None,
         loss_reduction: LossReduction = "token",
         num_threads: int = 2,
-        prefetch: int = 4,
+        prefetch: int = PREFETCH,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._dataset = dataset

@@ -23,7 +23,7 @@ from core.data.dataset import Meta, TokenWriter, check_fits
 from core.data.formats import count_records, read_records
 from core.data.media import ImageProcessing
 from core.data.plan import permute
-from core.data.prepare import CHUNK_ROWS, Options, Refused, inside, open_media_root, prepare_all
+from core.data.prepare import Options, Refused, chunk_size, inside, open_media_root, prepare_all
 from core.data.report import Tally, digest, duplicates
 from core.data.template import ChatTemplate
 from core.errors import InvalidDataset, InvalidModel
@@ -70,6 +70,7 @@ def build(
     annotations = inside(options.source, options.annotations, "annotations")
     total = count_records(annotations, options.max_samples)
     records = itertools.islice(read_records(annotations), options.max_samples)
+    chunk_rows = chunk_size(total, num_workers)
 
     tally = Tally(template)
     splits, digests, rows = array("b"), array("Q"), array("q")
@@ -78,7 +79,7 @@ def build(
         (output / "records.jsonl").open("w", encoding="utf-8") as accepted,
         (output / "refused.jsonl").open("w", encoding="utf-8") as refused,
     ):
-        for outcome in prepare_all(options, records, num_workers=num_workers):
+        for outcome in prepare_all(options, records, num_workers=num_workers, chunk_rows=chunk_rows):
             tally.add(outcome)
             if isinstance(outcome, Refused):
                 if options.on_bad_sample == "fail":
@@ -96,7 +97,7 @@ def build(
                     media=outcome.media,
                     source_row=outcome.row,
                 )
-            if tally.rows % CHUNK_ROWS == 0 or tally.rows == total:
+            if tally.rows % chunk_rows == 0 or tally.rows == total:
                 after_chunk(tally.rows, total)
         if not writer.num_rows:
             raise _nothing_left(options, tally)

@@ -22,7 +22,7 @@ from core.data.video import VideoProcessing
 from core.errors import InvalidDataset
 
 CHUNK_ROWS = 64
-"""Rows that a worker process gets at a time."""
+"""Most rows that a worker process gets at a time; fewer of a small data set, whose rows may be long videos."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -161,15 +161,22 @@ class Preparer:
         return None
 
 
-def prepare_all(options: Options, records: Iterable[Record], *, num_workers: int) -> Iterator[Prepared | Refused]:
-    """Prepare rows in order; in this process with `num_workers` 0, else in so many others."""
+def chunk_size(num_rows: int, num_workers: int) -> int:
+    """Rows per chunk, so that every worker process gets several chunks if it can."""
+    return max(1, min(CHUNK_ROWS, num_rows // (8 * max(1, num_workers))))
+
+
+def prepare_all(
+    options: Options, records: Iterable[Record], *, num_workers: int, chunk_rows: int = CHUNK_ROWS
+) -> Iterator[Prepared | Refused]:
+    """Prepare rows in order; in this process with `num_workers` 0, else in so many others, `chunk_rows` at a time."""
     if num_workers == 0:
         preparer = Preparer(options)
         yield from map(preparer.prepare, records)
         return
     pool = _Pool(options, num_workers)
     try:
-        yield from pool.run(records)
+        yield from pool.run(_chunks(records, chunk_rows))
     finally:
         pool.close()
 
@@ -191,9 +198,9 @@ def inside(source: Path, relative: str, field: str) -> Path:
     return path
 
 
-def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
     source = iter(records)
-    while chunk := list(itertools.islice(source, CHUNK_ROWS)):
+    while chunk := list(itertools.islice(source, size)):
         yield chunk
 
 
@@ -209,8 +216,7 @@ class _Pool:
         self._num_workers = num_workers
         self._executor = self._start()
 
-    def run(self, records: Iterable[Record]) -> Iterator[Prepared | Refused]:
-        chunks = _chunks(records)
+    def run(self, chunks: Iterator[list[Record]]) -> Iterator[Prepared | Refused]:
         in_flight: deque[tuple[list[Record], Future[list[Prepared | Refused]]]] = deque()
         while True:
             while len(in_flight) < 4 * self._num_workers and (chunk := next(chunks, None)):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 
 from core.data.dataset import TokenisedDataset
-from core.data.loader import StepLoader, build_batch
+from core.data.loader import PREFETCH, StepLoader, build_batch
 from core.data.plan import StepPlan, plan_step
 from core.device import Accelerator
 from core.errors import InvalidDataset, InvalidSpec
@@ -34,12 +35,7 @@ def check_dataset(dataset: TokenisedDataset, spec: TrainingSpec, config: Config)
             f"seq_length is {spec.seq_length}, but {too_long} of {len(dataset)} rows are longer (longest: {longest} tokens)",
             hint=f"set seq_length to {longest} or more, or make the data set with cutoff_len {spec.seq_length}",
         )
-    if dataset.meta.vocab_size > config.text.vocab_size or dataset.meta.image_token_id != config.image_token_id:
-        raise InvalidDataset(
-            f"the data set's tokenizer (ids below {dataset.meta.vocab_size}, image token {dataset.meta.image_token_id}) is not the "
-            f"model's (vocabulary {config.text.vocab_size}, image token {config.image_token_id})",
-            hint="make the data set again with this model's folder as tokenizer",
-        )
+    dataset.check_model(config)
 
 
 def build_loader(
@@ -78,7 +74,14 @@ def build_loader(
         pad_to_tokens=token_budget if accelerator.static_shapes else None,
         pad_to_patches=patch_budget,
         loss_reduction=spec.loss_reduction,
+        num_threads=_decoding_threads(),
     )
+
+
+def _decoding_threads() -> int:
+    """Return this process's share of the host's processor cores, as far as four batches prepared ahead can use them."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(2, min(PREFETCH, len(os.sched_getaffinity(0)) // processes))
 
 
 def largest_batch(

@@ -254,7 +254,7 @@ class TestBuild:
         (options.source / "out").mkdir()
         with pytest.raises(StopNow):
             build(options, options.source / "out", num_workers=0, after_chunk=listen)
-        assert heard == [(64, 150)]
+        assert heard == [(18, 150)]
 
 
 class TestPrepareAll:

@@ -322,7 +322,7 @@ class TestRefusals:
     def test_a_data_set_of_another_tokenizer(self, bench: Bench) -> None:
         meta = bench.dataset.path / "tokens" / "meta.json"
         meta.write_text(json.dumps({**json.loads(meta.read_text()), "vocab_size": 10**6}))
-        with pytest.raises(InvalidDataset, match="is not the model's"):
+        with pytest.raises(InvalidDataset, match="token ids up to 999999, the model up to"):
             training.run(bench.context(spec := training_spec()), spec)
 
     def test_a_wrong_number_of_processes(self, bench: Bench) -> None:
