@@ -19,17 +19,21 @@ import torch
 from core.device.cpu import CpuAccelerator
 from core.models.batch import PackedBatch
 from core.models.layers.recompute import Recompute, RecomputePolicy
+from core.models.lora import Layer, adapted_layers
 from core.models.plan import stages
 from core.models.positions import mrope_positions
-from core.models.qwen2_5_vl.family import Config
+from core.models.qwen2_5_vl.family import PLAN, Config
 from core.models.qwen2_5_vl.model import Qwen2_5_VLStage
 from core.parallel.mesh import build_mesh
 from core.specs.parallel import ParallelSpec
 from core.specs.training import FreezeSpec, OptimizerSpec
 from core.training.freeze import freeze
+from core.training.lora import Adapters
 from core.training.optimizer import Optimizer
 from core.training.wiring import Head, build_pipeline
 from tests.core.training.tiny import END, IMAGE, START, tiny_config
+
+LORA_RANK = 8
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Setting:
     image_side: int = 32
     """patches along one side of each sample's image; 0 = no image"""
     frozen: tuple[str, ...] = ()
+    lora: tuple[str, ...] = ()
+    """`target_modules`; then the towers that are not frozen train adapters of rank 8 alone"""
     vision: dict[str, Any] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)
 
@@ -62,6 +68,10 @@ class Setting:
             num_heads=self.vision_hidden // 20, out_hidden_size=self.hidden,
         )  # fmt: skip
         return replace(base, text=text, vision=vision)
+
+    def adapted(self, config: Config) -> tuple[Layer, ...]:
+        """The layers that get an adapter."""
+        return tuple(adapted_layers(config, self.lora, set(self.frozen)))
 
 
 def batch_of(setting: Setting, config: Config, *, lengths: tuple[int, ...], side: int) -> PackedBatch:
@@ -95,7 +105,10 @@ def step(setting: Setting, config: Config, *, lengths: tuple[int, ...], side: in
         vision_encoder="vision_encoder" in setting.frozen, vision_projector="vision_projector" in setting.frozen,
         text_decoder="text_decoder" in setting.frozen,
     )  # fmt: skip
-    freeze(model, spec)
+    freeze(model, spec, all_weights=bool(setting.lora))
+    if setting.lora:
+        adapters = Adapters(config, setting.adapted(config), r=LORA_RANK, alpha=16, seed=0)
+        adapters.attach([model], all_stages, PLAN, mesh)
     optimizer = Optimizer(model, OptimizerSpec(), mesh)
     head = Head(model, accelerator.device, mesh, targets_only=True)
     pipeline = build_pipeline([model], head, mesh, config, all_stages, spec, accelerator)

@@ -10,15 +10,17 @@ from dataclasses import asdict
 
 import pytest
 
+from core.models.lora import Lora
 from core.models.memory import LayerRecompute, Workload, activation_bytes, training_memory
 from core.models.plan import whole
-from tests.bench.memory import Setting
+from tests.bench.memory import LORA_RANK, Setting
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(600)]
 
 FULL = {"granularity": "full", "method": "uniform", "num_layers": 1}
 SELECTIVE = {"granularity": "selective"}
 VIT, BOTH = ("vision_encoder",), ("vision_encoder", "vision_projector")
+ALL = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 SETTINGS = {
     "all trained": Setting(),
     "vision encoder frozen": Setting(frozen=VIT),
@@ -34,6 +36,11 @@ SETTINGS = {
     "large vocabulary": Setting(vocab=16384, frozen=BOTH),
     "wide": Setting(hidden=512, ffn=1376, frozen=BOTH),
     "deep, full": Setting(llm_layers=8, text=FULL, frozen=BOTH),
+    "LoRA qkv, proj": Setting(frozen=BOTH, lora=("linear_qkv", "linear_proj")),
+    "LoRA all layers": Setting(frozen=BOTH, lora=ALL),
+    "LoRA all layers, both towers": Setting(lora=ALL),
+    "LoRA all layers, full": Setting(frozen=BOTH, lora=ALL, text=FULL),
+    "LoRA all layers, wide": Setting(hidden=512, ffn=1376, frozen=BOTH, lora=ALL),
     "short": Setting(lengths=(512,), image_side=16),
 }
 TOLERANCE = 0.15
@@ -42,13 +49,14 @@ TOLERANCE = 0.15
 def predicted(setting: Setting) -> int:
     config = setting.config()
     stage, frozen = whole(config), set(setting.frozen)
-    held = training_memory(config, stage, frozen=frozen, precision="fp32")
+    lora = Lora(setting.adapted(config), LORA_RANK) if setting.lora else None
+    held = training_memory(config, stage, frozen=frozen, precision="fp32", lora=lora)
     tokens = sum(setting.lengths)
     work = Workload(
         tokens, len(setting.lengths) * setting.image_side**2, has_fused_attention=False, is_mixed=len(set(setting.lengths)) > 1
     )  # fmt: skip
     return activation_bytes(
-        config, stage, work, frozen=frozen, precision="fp32",
+        config, stage, work, frozen=frozen, precision="fp32", lora=lora,
         vision_recompute=LayerRecompute(**setting.vision), text_recompute=LayerRecompute(**setting.text),
     ) + sum(value for name, value in held.items() if name.endswith("_bytes"))  # fmt: skip
 

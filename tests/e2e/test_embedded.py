@@ -108,6 +108,41 @@ class TestTheRoad:
         assert walked.jobs["train"].output("checkpoint") in export["parents"]
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks transformers 5 for it
+class TestLora:
+    def test_peft_loads_the_adapter_and_the_chain_goes_on_with_merged_weights(
+        self, service: Service, walked: Walked, tmp_path: Path
+    ) -> None:
+        client = service.client
+        road = digits_road(client.register("hf_model", walked.model).id, "", train_iters=TRAIN_ITERS)
+        whole = {"nproc_per_node": 1, "llm_pp_layers": [[4]], "vit_pp_layers": [[4]]}
+        changes = {
+            "model": {"job": walked.jobs["convert"].id},
+            "dataset": {"job": walked.jobs["dataset"].id},
+            "parallel": whole,
+            "freeze": {},
+            "lora": {"r": 8, "alpha": 16, "target_modules": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]},
+        }
+        tuned = client.submit("training", {**road["train"][1], **changes}, name="lora")
+        exported = client.submit("conversion", {"operation": "mm_to_hf", "source": {"job": tuned.id}}, name="merged")
+        foretold = {"job": tuned.id, "output": "adapter"}
+        reused = {"operation": "hf_to_mm", "source": foretold, "hf_source": road["convert"][1]["source"]}
+        layout = {"parallel": {"llm_pp_layers": [[4]], "vit_pp_layers": [[4]]}}
+        converted = client.submit("conversion", reused | layout, name="adapter")
+        jobs = [client.wait(job.id, timeout_s=300) for job in (tuned, exported, converted)]
+        assert [(job.state, job.error) for job in jobs] == [("succeeded", None)] * 3
+        assert {output.name: output.kind for output in jobs[0].outputs} == {
+            "checkpoint": "mm_checkpoint", "adapter": "hf_adapter", f"adapter-{TRAIN_ITERS // 2:07d}": "hf_adapter",
+        }  # fmt: skip
+        assert jobs[2].outputs[0].kind == "mm_adapter"
+        told = client.artifact(jobs[0].output("checkpoint")).metadata["lora"]
+        assert f"max |Δlogit| {told['max_logit_difference']:.3g}" in client.logs(tuned.id).content.decode()
+
+        client.download(jobs[0].output("adapter"), tmp_path / "adapter")
+        client.download(jobs[1].outputs[0].artifact_id, tmp_path / "merged")
+        assert answers_differ_by(walked.model, tmp_path / "adapter", tmp_path / "merged") < 1e-5
+
+
 class TestTheCommandLine:
     def test_a_file_of_chained_jobs_is_submitted_and_followed(self, service: Service, walked: Walked) -> None:
         model = service.client.register("hf_model", walked.model).id
@@ -170,6 +205,19 @@ class TestTheRoadOfPhotos:
         assert not failures
         assert {job.state for job in jobs.values()} <= TERMINAL_STATES
         assert len(client.metrics(jobs["train"].id)["loss"]) == 3
+
+
+def answers_differ_by(base: Path, adapter: Path, merged: Path) -> float:
+    """The largest difference of a logit between the base with its adapter, in PEFT, and the merged model, in transformers."""
+    import peft
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration as Model
+
+    ids = torch.arange(20)[None]
+    adapted = peft.PeftModel.from_pretrained(Model.from_pretrained(base, dtype=torch.float32), adapter)
+    with torch.no_grad():
+        found = Model.from_pretrained(merged, dtype=torch.float32)(input_ids=ids).logits
+        return float((adapted(input_ids=ids).logits - found).abs().max())
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
