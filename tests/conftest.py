@@ -6,15 +6,11 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from hypothesis import settings
 
 from core.db.migrate import upgrade
 from core.db.session import Database
 from core.settings import Settings
 from tests.services import REPOSITORY, Postgres, RedisServer, running_postgres, running_redis
-
-settings.register_profile("temper", deadline=None)  # how long an example takes is the machine's affair
-settings.load_profile("temper")
 
 # The same examples in every run, and no time limit on one: a loaded machine must not make a test fail, and CI must not find what
 # nobody changed. To look for more: pytest --hypothesis-profile=explore

@@ -48,28 +48,19 @@ RATES = (1 / 3600, 1000.0)
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,h264,hevc,ivf"
 CODECS = (
     *("h264", "hevc", "av1", "libdav1d", "libaom-av1", "vp8", "vp9", "libvpx", "libvpx-vp9", "mpeg4", "mpeg1video"),
-    *(
-        "mpeg2video",
-        "mjpeg",
-        "h263",
-        "flv",
-        "msmpeg4",
-        "msmpeg4v1",
-        "msmpeg4v2",
-        "wmv1",
-        "wmv2",
-        "wmv3",
-        "vc1",
-        "theora",
-    ),
-    *("prores", "dnxhd", "ffv1", "rawvideo"),
-)
+    *("mpeg2video", "mjpeg", "h263", "flv", "msmpeg4", "msmpeg4v1", "msmpeg4v2", "wmv1", "wmv2", "wmv3", "vc1"),
+    *("theora", "prores", "dnxhd", "ffv1", "rawvideo"),
+)  # fmt: skip
 """Formats and decoders of PyAV that user files may reach: playlists, which open other files, and rarely tested ones are not."""
 
 _ANIMATIONS = (b"GIF8", b"\x89PNG", b"RIFF", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
-_TURN = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, -180: Image.Transpose.ROTATE_180} | {
-    -90: Image.Transpose.ROTATE_270
+_TURN = {
+    90: Image.Transpose.ROTATE_90,
+    180: Image.Transpose.ROTATE_180,
+    -180: Image.Transpose.ROTATE_180,
+    -90: Image.Transpose.ROTATE_270,
 }
+"""Degrees against the clock → what turns the frame upright."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +163,8 @@ class VideoProcessing:
             for index, make in enumerate(itertools.islice(source.pictures(), max(wanted) + 1)):
                 if index in wanted:
                     picture = make()
-                    check_grid(video, (grid[0], *self.frames.grid(picture.height, picture.width)[1:]))
+                    if index == 0:  # planned for its size; a stream may change it later
+                        check_grid(video, (grid[0], *self.frames.grid(picture.height, picture.width)[1:]))
                     kept.append(self.frames.resized(picture, grid))
         if len(kept) < taken:
             missing = sorted(wanted)[len(kept)]
