@@ -80,7 +80,7 @@ class RankMemory(BaseModel):
     trained_parameters: int
     weights_bytes: int
     gradients_bytes: int
-    optimizer_bytes: int
+    optimizer_bytes: int = Field(description="The share of one data-parallel rank.")
     activations_bytes: int = Field(description="Of the largest micro-batch, with those the pipeline has in flight.")
     total_bytes: int
     fits: bool = Field(description="Whether a device has room for it.")
@@ -458,7 +458,7 @@ def memory_per_rank(spec: TrainingSpec, config: Config, device_bytes: int, *, fu
 def suggestions(
     spec: TrainingSpec, config: Config, device_bytes: int, *, hosts: Sequence[int] = (), fused: bool = True
 ) -> list[str]:
-    """Changes of recompute, pp and tp, the cheapest first, with which every rank fits; at most three.
+    """Changes of recompute, dp, pp and tp, the cheapest first, with which every rank fits; at most three.
 
     `hosts`: the devices of each host; what they cannot run is not suggested. Empty = not known, any number of hosts with 8.
     """
@@ -467,7 +467,12 @@ def suggestions(
     both = RecomputeSpecs(vision_encoder=full, text_decoder=full)
     depth, vit_depth = config.text.num_hidden_layers, config.vision.depth
     present = spec.parallel
-    layouts: list[tuple[str, dict[str, Any]]] = [("", {})]
+    layouts: list[tuple[str, dict[str, Any], int]] = [  # what to say, what to change, and processes at least
+        ("", {}, 1),
+        *(  # the optimizer's state is shared by more
+            (f"data-parallel size {factor * present.dp_size}", {}, factor * present.world_size) for factor in (2, 4, 8)
+        ),
+    ]
     for tp, pp in (
         (1, 2),
         (2, 1),
@@ -488,13 +493,14 @@ def suggestions(
         llm = [depth // pp + (1 if rank >= pp - depth % pp else 0) for rank in range(pp)]
         vit = [vit_depth, *[0] * (pp - 1)]
         layouts.append((f"tp_size {tp}, llm_pp_layers {[llm]}, vit_pp_layers {[vit]}",
-                        {"tp_size": tp, "llm_pp_layers": [llm], "vit_pp_layers": [vit]}))  # fmt: skip
-    for told, change in layouts:
+                        {"tp_size": tp, "llm_pp_layers": [llm], "vit_pp_layers": [vit]}, tp * pp))  # fmt: skip
+    for told, change, processes in layouts:
+        if not change and any("data-parallel" in text for text in found):
+            continue
         for name, recompute in (("", spec.recompute), ("full recompute of both towers", both)):
-            if not told and not name:
+            if (not told and not name) or name in found:  # the present spec; what is enough without more devices
                 continue
             parallel = {**present.model_dump(), **change}
-            processes = parallel["tp_size"] * len(parallel["llm_pp_layers"][0])
             per_host = max(present.nproc_per_node, min(processes, max(hosts, default=8)))
             wanted = {"nnodes": max(present.nnodes, -(-processes // per_host)), "nproc_per_node": per_host}
             if hosts and sum(devices >= per_host for devices in hosts) < wanted["nnodes"]:
@@ -508,6 +514,8 @@ def suggestions(
                 ranks = memory_per_rank(changed, config, device_bytes, fused=fused)
             except (AppError, ValueError):
                 continue  # this model or these hosts do not divide so
+            if spec.global_batch_size % changed.parallel.dp_size:
+                continue
             if all(rank.fits for rank in ranks):
                 found.append(" with ".join(part for part in (added + told, name) if part))
                 break
@@ -522,7 +530,15 @@ def _rank_memory(
     frozen, lora = _frozen(spec), lora_of(spec, config)
     parallel, tokens = spec.parallel, spec.micro_batch_size * spec.seq_length
     estimates = [
-        training_memory(config, stage, frozen=frozen, precision=spec.precision, tp_size=parallel.tp_size, lora=lora)
+        training_memory(
+            config,
+            stage,
+            frozen=frozen,
+            precision=spec.precision,
+            tp_size=parallel.tp_size,
+            dp_size=parallel.dp_size,
+            lora=lora,
+        )
         for stage in held
     ]
     work = Workload(

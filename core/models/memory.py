@@ -41,12 +41,14 @@ def training_memory(
     frozen: AbstractSet[str],
     precision: Literal["bf16", "fp32"],
     tp_size: int = 1,
+    dp_size: int = 1,
     lora: Lora | None = None,
 ) -> dict[str, int]:
     """Bytes for weights, gradients and AdamW's state of one rank.
 
     bf16 keeps an fp32 master copy beside two fp32 moments (12 bytes per trained parameter) and accumulates gradients in
-    fp32; fp32 needs no master copy. With `lora` its adapters alone are trained.
+    fp32; fp32 needs no master copy. Of these states each data-parallel rank holds its share (ZeRO-1). With `lora` its
+    adapters alone are trained.
     """
     by_tower = stage_parameters(config, stage, tp_size=tp_size)
     trained = sum(count for tower, count in by_tower.items() if tower not in frozen)
@@ -59,7 +61,7 @@ def training_memory(
         "trained_parameters": trained,
         "weights_bytes": parameters * (2 if precision == "bf16" else 4),
         "gradients_bytes": trained * 4,
-        "optimizer_bytes": trained * (12 if precision == "bf16" else 8),
+        "optimizer_bytes": math.ceil(trained * (12 if precision == "bf16" else 8) / dp_size),
     }
 
 

@@ -39,5 +39,14 @@ class TestMemory:
         assert all("nnodes" not in text for text in two)
         assert len(two_by_four) >= len(two)
 
+    def test_more_data_parallel_ranks_are_suggested_where_their_share_of_the_state_fits(self) -> None:
+        spec = spec_of(precision="bf16")
+        (rank,) = memory_per_rank(spec, CONFIG, 1)
+        room = rank.total_bytes - rank.optimizer_bytes * 5 // 8  # a share of 1 / 4 fits, one of 1 / 2 does not
+        assert "nproc_per_node 4, data-parallel size 4" in suggestions(spec, CONFIG, room)
+        assert not any("data-parallel" in text for text in suggestions(spec, CONFIG, room, hosts=[2]))
+        four = spec_of(precision="bf16", parallel={**spec.parallel.model_dump(), "nproc_per_node": 4})
+        assert memory_per_rank(four, CONFIG, room)[0].fits
+
     def test_nothing_is_suggested_where_nothing_helps(self) -> None:
         assert suggestions(spec_of(), CONFIG, 1) == []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import pytest
 
@@ -33,6 +34,16 @@ class TestWeights:
             count for name, count in stage_parameters(CONFIG, whole(CONFIG)).items() if name != "text_decoder"
         )
         assert (held["gradients_bytes"], held["optimizer_bytes"]) == (4 * trained, 12 * trained)
+
+    @pytest.mark.parametrize(("precision", "per_parameter"), [("bf16", 12), ("fp32", 8)])
+    def test_data_parallel_ranks_share_the_optimizers_state_and_nothing_else(
+        self, precision: Literal["bf16", "fp32"], per_parameter: int
+    ) -> None:
+        one, four = (
+            training_memory(CONFIG, whole(CONFIG), frozen=set(), precision=precision, dp_size=size) for size in (1, 4)
+        )
+        assert one["optimizer_bytes"] == per_parameter * one["trained_parameters"]
+        assert four == {**one, "optimizer_bytes": math.ceil(one["optimizer_bytes"] / 4)}
 
 
 class TestActivations:
