@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from core.runners.__main__ import TORCH_SETTINGS
+from tests.bench import reduction
 from tests.bench.digits import train_digits
 from tests.bench.engines import Options
 from tests.bench.lockstep import Runner, machine, ratio, take_turns
@@ -148,6 +149,10 @@ class TestEngine:
             f"\nlast layer for targets only, as (a): faster by {gain:.2f} ({low:.2f}-{high:.2f}), by CPU time {cpu:.2f}; {machine()}"
         )
         check_losses([trimmed, whole])
+
+    def test_reduction(self) -> None:
+        """Gradients sent while the backward pass goes on, and after it."""
+        print(f"\ndata parallel on 2 processes: {reduction.report()}")
 
     def test_digits_on_two_processes(self, tmp_path: Path) -> None:
         """The demo's training, a model of half a million weights: what is measured is everything but arithmetic."""
