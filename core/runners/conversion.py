@@ -180,7 +180,7 @@ def _same_logits(ctx: RunContext, options: Options, source: Side, output: Side) 
     """Compare what both forms of the model compute; what is found goes into the artifact's metadata."""
     from core.conversion.logits import compare_logits
 
-    report = compare_logits(source, output, dtype=options.dtype, tick=lambda: options.watch.advance(0))
+    report = compare_logits(source, output, dtype=options.dtype, tick=lambda: _stop_if_told(ctx))
     ctx.log.info(
         "verified: logits of vision layers %s and language layers %s differ by %.1e at most, the largest is %.1e",
         report.vision_layers,
@@ -189,6 +189,11 @@ def _same_logits(ctx: RunContext, options: Options, source: Side, output: Side) 
         report.largest,
     )
     return {"verified_logits": asdict(report)}
+
+
+def _stop_if_told(ctx: RunContext) -> None:
+    if ctx.should_stop():
+        raise Stopped
 
 
 def _plan_digest(ctx: RunContext) -> str:
@@ -267,8 +272,7 @@ class _Watch:
     def advance(self, num_bytes: int) -> None:
         """Report progress now and then."""
         self._done += num_bytes
-        if self._ctx.should_stop():
-            raise Stopped
+        _stop_if_told(self._ctx)
         if self._done == self._total or time.monotonic() - self._told_at >= PROGRESS_INTERVAL_S:
             self._tell()
 

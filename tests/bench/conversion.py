@@ -4,6 +4,9 @@ The model is a slice of Qwen2.5-VL 7B: its real layer shapes, four layers of eac
 Each operation is a job's process as the worker starts it, from interpreter start to the published artifact: reading, permuting,
 SHA-256 of every file, sync to disk, rename. Sources are in the page cache, for `cp` too. `--layers` and `--vocab` make larger models;
 `--zeros` writes their values as holes of a sparse file. CPU seconds tell what an operation costs on a machine that is busy otherwise.
+
+`--large` is about memory instead: 22.4 GB (40 layers of each tower, the whole vocabulary, a sparse source), once, without `cp`, with
+`verify: logits`. It needs 45 GB of disk, and works in the folder that `--folder` names.
 """
 
 from __future__ import annotations
@@ -212,21 +215,24 @@ def measure(root: Path, options: argparse.Namespace) -> list[Row]:
     source = root / "hf"
     write_model(source, shape, vocab_size=options.vocab, zeros=options.zeros)
     bench = Bench(root, options.repeat)
+    (tp, pp), (other_tp, other_pp) = ((4, 2), (1, 4)) if options.large else ((2, 2), (1, 2))
     layers = (options.layers, options.layers)
-    first, second = _split(layers, 2, 2), _split(layers, 1, 2)
+    first, second = _split(layers, tp, pp), _split(layers, other_tp, other_pp)
     _run(["sh", "-c", 'cat "$0"/*.safetensors > /dev/null', str(source)])  # into the page cache
-    rows = [bench.copy(source)]
+    rows = [] if options.large else [bench.copy(source)]
+    verify: dict[str, Any] = {"verify": "logits"} if options.large else {}
+    more = ", verify: logits" if options.large else ""
     folder = (source, "hf_model", inspect_hf_folder(source).metadata)
-    row, mm = bench.convert("hf_to_mm, tp 2 pp 2", {"operation": "hf_to_mm", "parallel": first}, source=folder)
+    spec = {"operation": "hf_to_mm", "parallel": first} | verify
+    row, mm = bench.convert(f"hf_to_mm, tp {tp} pp {pp}{more}", spec, source=folder)
     rows.append(row)
     checkpoint = (bench.store.files_dir(mm.id), mm.kind, mm.metadata)
-    row, back = bench.convert("mm_to_hf, tp 2 pp 2", {"operation": "mm_to_hf"}, source=checkpoint)
+    row, back = bench.convert(f"mm_to_hf, tp {tp} pp {pp}{more}", {"operation": "mm_to_hf"} | verify, source=checkpoint)
     rows.append(row)
     _check_equal(source, bench.store.files_dir(back.id))
     bench.store.delete(back.id)
-    row, _ = bench.convert(
-        "reshard, tp 2 pp 2 to tp 1 pp 2", {"operation": "reshard", "parallel": second}, source=checkpoint
-    )
+    name = f"reshard, tp {tp} pp {pp} to tp {other_tp} pp {other_pp}"
+    row, _ = bench.convert(name, {"operation": "reshard", "parallel": second}, source=checkpoint)
     return [*rows, row]
 
 
@@ -237,19 +243,18 @@ def _check_equal(source: Path, back: Path) -> None:
 
 def table(rows: list[Row]) -> str:
     """Markdown: seconds until all is written and hashed, seconds until it is on the disk too, ratios of both to those of `cp`."""
-    copy = rows[0]
-    limit, synced = (1.3 * copy.median(field) + 3 for field in ("written_s", "wall_s"))
-    lines = [
-        (
-            f"| operation | written, s (limit {limit:.1f}) | ratio to cp | and synced, s (limit {synced:.1f}) | ratio to cp "
-            "| CPU, s | GB/s | peak RSS, MiB |"
-        ),
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    copy = next((row for row in rows if row.name.startswith("cp")), None)
+    fields = {"written_s": "written, s", "wall_s": "and synced, s"}
+    heads = ["operation"]
+    for field, title in fields.items():
+        heads += [title] if copy is None else [f"{title} (limit {1.3 * copy.median(field) + 3:.1f})", "ratio to cp"]
+    heads += ["CPU, s", "GB/s", "peak RSS, MiB"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         cells = [row.name]
-        for field in ("written_s", "wall_s"):
-            cells += [f"{row.median(field):.2f}", f"{row.median(field) / copy.median(field):.2f}"]
+        for field in fields:
+            cells.append(f"{row.median(field):.2f}")
+            cells += [] if copy is None else [f"{row.median(field) / copy.median(field):.2f}"]
         cells += [f"{row.median('cpu_s'):.2f}", f"{row.size_bytes / row.median('written_s') / 1e9:.2f}"]
         cells.append("" if row is copy else f"{max(run.peak_bytes for run in row.runs) / 2**20:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -259,10 +264,14 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=4, help="layers of each tower")
-    parser.add_argument("--vocab", type=int, default=32_000)
-    parser.add_argument("--zeros", action="store_true", help="a sparse source")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each row; the table shows medians")
+    parser.add_argument("--large", action="store_true", help="22.4 GB once, for the peak of memory")
+    large = parser.parse_known_args()[0].large
+    parser.add_argument("--layers", type=int, default=40 if large else 4, help="layers of each tower")
+    parser.add_argument("--vocab", type=int, default=152_064 if large else 32_000)
+    parser.add_argument("--zeros", action="store_true", default=large, help="a sparse source")
+    parser.add_argument(
+        "--repeat", type=int, default=1 if large else 3, help="runs of each row; the table shows medians"
+    )
     parser.add_argument("--folder", type=Path, help="where to work; five times the model's size is needed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="temper-bench-") as folder:
