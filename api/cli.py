@@ -168,7 +168,16 @@ def submit(
         jobs: list[Job] = []
         for body in bodies:
             body["spec"] = with_references(body["spec"], {job.name: job.id for job in jobs if job.name})
-            jobs.append(client.submit(body.pop("kind"), body.pop("spec"), **body))
+            try:
+                jobs.append(client.submit(body.pop("kind"), body.pop("spec"), **body))
+            except ClientError:
+                if jobs:
+                    ids = " ".join(job.id for job in jobs)
+                    err.print(
+                        f"job {len(jobs) + 1} of {file} was refused; those above it are submitted: {ids}",
+                        soft_wrap=True,
+                    )
+                raise
             if not as_json:
                 out.print(f"{jobs[-1].id}  {jobs[-1].kind}  {escape(jobs[-1].name or '')}", highlight=False)
                 _print_risks(client, jobs[-1], following=follow)

@@ -79,6 +79,11 @@ class Settings(BaseSettings):
     upload_ttl_s: float = Field(
         7 * 86400.0, gt=0, description="Seconds after which an upload that was not completed is removed."
     )
+    keep_checkpoints_s: float = Field(
+        7 * 86400.0,
+        gt=0,
+        description="Seconds for which a failed or cancelled training can go on from its checkpoints.",
+    )
     max_unpacked_bytes: int = Field(4 << 40, ge=1, description="Most bytes that an archive may unpack to.")
     max_unpacked_files: int = Field(2_000_000, ge=1, description="Most files that an archive may hold.")
     max_unpack_ratio: float = Field(200.0, gt=1, description="Largest ratio of unpacked to packed size.")

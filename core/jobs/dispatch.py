@@ -24,7 +24,7 @@ from core.errors import InvalidTransition
 from core.ids import new_id
 from core.jobs import queue, repository
 from core.jobs.lifecycle import JobState, transition
-from core.scheduler.placement import FreeNode, Need, Refusal, Share, choose, offers_devices
+from core.scheduler.placement import FreeNode, Need, Refusal, Share, choose, fits_when_empty, offers_devices
 from core.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -120,7 +120,8 @@ def place(database: Database, settings: Settings, now: datetime) -> None:
     """Give devices to queued jobs, highest priority and then longest wait first.
 
     A job that does not fit lets others pass, until it has waited `reserve_after_s`: from then on devices that become free
-    are kept for it, so that a stream of small jobs cannot hold up a large one for ever.
+    are kept for it, so that a stream of small jobs cannot hold up a large one for ever. Not so while hosts that it needs are
+    drained or gone: it could not start however long the others wait.
     """
     with database.read() as session:
         queued = session.scalars(
@@ -138,7 +139,8 @@ def place(database: Database, settings: Settings, now: datetime) -> None:
                 _explain(database, job, reason)
             case Refusal(reason):
                 _explain(database, job, reason)
-                if job.devices_per_node > 0 and job.queued_at is not None and now - job.queued_at > patience:
+                waits_long = job.queued_at is not None and now - job.queued_at > patience
+                if job.devices_per_node > 0 and waits_long and fits_when_empty(need_of_row(job), free):
                     starving = job
             case _:
                 _place(database, job.id, settings, now)
@@ -238,16 +240,19 @@ def free_nodes(session: Session, settings: Settings, now: datetime) -> list[Free
     for lease in session.scalars(select(Lease).where(Lease.state != "released", Lease.node.in_(used))):
         used[lease.node].update(lease.devices)
         hosted[lease.node] += not lease.devices
+    offered = {
+        node.name: [device["id"] for device in node.devices if device["healthy"]]
+        if offers_devices(node.device_kind, kinds)
+        else []
+        for node in nodes
+    }
     return [
         FreeNode(
             name=node.name,
-            devices=tuple(
-                device["id"]
-                for device in node.devices
-                if device["healthy"] and device["id"] not in used[node.name] and offers_devices(node.device_kind, kinds)
-            ),
+            devices=tuple(device for device in offered[node.name] if device not in used[node.name]),
             host_slots=node.host_jobs - hosted[node.name],
             drained=node.drained,
+            size=len(offered[node.name]),
         )
         for node in nodes
     ]

@@ -1,5 +1,5 @@
-"""What nobody will come back for: abandoned uploads, temporary folders of artifacts whose writers died, and what conversions that
-were cancelled had finished.
+"""What nobody will come back for: abandoned uploads, temporary folders of artifacts whose writers died, what conversions that
+were cancelled had finished, and the checkpoints from which an old failed or cancelled training could have gone on.
 
 The age of a temporary folder is that of its newest file, so one that is being written, however large, is left alone.
 """
@@ -15,8 +15,9 @@ from pathlib import Path
 import structlog
 from sqlalchemy import select
 
-from core.db.models import Upload
+from core.db.models import Job, Upload
 from core.db.session import Database
+from core.jobs.lifecycle import JobState
 from core.settings import Settings
 from core.storage.local import Store
 
@@ -29,6 +30,7 @@ def clean(database: Database, settings: Settings, now: datetime) -> None:
     """Remove what is too old."""
     store = Store(settings.store_dir)
     expire_uploads(database, store, now - timedelta(seconds=settings.upload_ttl_s))
+    drop_checkpoints(database, store, now - timedelta(seconds=settings.keep_checkpoints_s))
     for folder in (store.temporary_root, *store.root.glob("jobs/*/conversion")):
         remove_scraps(folder, older_than=time.time() - _SCRAP_AGE_S)
 
@@ -44,6 +46,30 @@ def expire_uploads(database: Database, store: Store, before: datetime) -> None:
     for upload in stale:
         store.upload_path(upload.id).unlink(missing_ok=True)
         log.info("upload.expired", upload_id=upload.id)
+
+
+def drop_checkpoints(database: Database, store: Store, before: datetime) -> None:
+    """Remove the working checkpoints of trainings that failed or were cancelled before that time; what became an artifact stays one.
+
+    A retry afterwards starts anew. The folder is moved away under the job's lock, so that no retry sees half of it.
+    """
+    over = (JobState.FAILED.value, JobState.CANCELLED.value)
+    with database.read() as session:
+        old = session.scalars(
+            select(Job.id).where(Job.kind == "training", Job.state.in_(over), Job.finished_at < before)
+        ).all()
+    for job_id in old:
+        folder, scrap = store.job_dir(job_id) / "checkpoints", store.temporary_root / f"{job_id}.checkpoints"
+        if not folder.is_dir():
+            continue
+        with database.write() as session:
+            job = session.get_one(Job, job_id, with_for_update=True)
+            if job.state not in over:
+                continue
+            scrap.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(scrap)
+        shutil.rmtree(scrap, ignore_errors=True)
+        log.info("checkpoints.dropped", job_id=job_id)
 
 
 def remove_scraps(folder: Path, *, older_than: float) -> None:

@@ -23,6 +23,8 @@ class FreeNode:
     host_slots: int
     drained: bool = False
     """Gets nothing new."""
+    size: int = 0
+    """Its healthy devices, free or not."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ def choose(need: Need, free: Sequence[FreeNode]) -> tuple[Share, ...] | Refusal:
     return tuple(
         Share(node.name, tuple(sorted(node.devices)[: need.devices_per_node])) for node in fitting[: need.num_nodes]
     )
+
+
+def fits_when_empty(need: Need, nodes: Sequence[FreeNode]) -> bool:
+    """Whether the job will fit once the jobs that run now have ended; what waits for a host to come back does not."""
+    return sum(not node.drained and node.size >= need.devices_per_node for node in nodes) >= need.num_nodes
 
 
 def _explain(need: Need, free: Sequence[FreeNode], fitting: int) -> str:

@@ -103,6 +103,15 @@ class TestExitCodes:
         assert "no room" in result.stderr
         assert "make some" in result.stderr
 
+    def test_of_several_jobs_those_before_the_refused_one_are_named(self, server: Server, tmp_path: Path) -> None:
+        refusal = says(422, {"code": "invalid_spec", "detail": "body.spec: no"})
+        server.answers["POST /v1/jobs"] = in_turn(says(201, JOB), refusal)
+        server.answers["GET /v1/jobs/job_1/events"] = says(200, {"data": [], "has_more": False, "next": None})
+        (tmp_path / "jobs.json").write_text(json.dumps([{"kind": "training", "spec": {}}] * 2))
+        result = within("submit", str(tmp_path / "jobs.json"), url=server.url)
+        assert result.returncode == 3
+        assert "jobs.json was refused; those above it are submitted: job_1" in result.stderr
+
 
 class TestConnection:
     def test_defaults_are_those_of_the_server(self) -> None:

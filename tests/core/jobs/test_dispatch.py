@@ -95,6 +95,18 @@ class TestPlace:
         dispatch.tick(database, settings)
         assert [state_of(database, job) for job in (large, small)] == ["queued", "starting"]
 
+    def test_nothing_is_kept_for_a_job_that_waits_for_a_host_to_come_back(
+        self, database: Database, settings: Settings
+    ) -> None:
+        for name in ("node-a", "node-b"):
+            add_node(database, settings, name)
+        large = submit_training(database, settings, parallel={"nnodes": 2})
+        small = submit_training(database, settings)
+        with database.write() as session:
+            session.execute(update(Node).where(Node.name == "node-a").values(drained=True))
+        dispatch.tick(database, settings.model_copy(update={"reserve_after_s": 0}))
+        assert [state_of(database, job) for job in (large, small)] == ["queued", "starting"]
+
     def test_a_silent_or_unhealthy_host_gets_nothing(self, database: Database, settings: Settings) -> None:
         add_node(database, settings, "silent")
         add_node(database, settings, "broken")

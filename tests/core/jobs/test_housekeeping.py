@@ -9,6 +9,7 @@ from core.db.session import Database
 from core.jobs import housekeeping
 from core.settings import Settings
 from core.storage.local import Store
+from tests.factories import add_artifact, hf_7b, submit
 
 
 def add_upload(database: Database, store: Store, name: str, *, state: str, days_old: float) -> Path:
@@ -30,6 +31,25 @@ def add_upload(database: Database, store: Store, name: str, *, state: str, days_
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"x")
     return path
+
+
+class TestDropCheckpoints:
+    def test_only_those_of_long_failed_or_cancelled_trainings_go(self, database: Database, settings: Settings) -> None:
+        store, folders = Store(settings.store_dir), {}
+        with database.write() as session:
+            for name, state, days_old in (("old", "failed", 8), ("young", "cancelled", 1), ("live", "running", 8)):
+                spec = {
+                    "model": {"artifact": hf_7b(session).id}, "dataset": {"artifact": add_artifact(session, "dataset").id},
+                    "parallel": {"llm_pp_layers": [[28]], "vit_pp_layers": [[32]]}, "train_iters": 1, "global_batch_size": 1,
+                }  # fmt: skip
+                job = submit(session, settings, "training", spec)
+                job.state, job.finished_at = state, utcnow() - timedelta(days=days_old)
+                folders[name] = store.job_dir(job.id) / "checkpoints"
+                folders[name].mkdir(parents=True)
+                (folders[name] / "weights").write_bytes(b"x")
+        housekeeping.clean(database, settings, utcnow())
+        assert [folders[name].exists() for name in ("old", "young", "live")] == [False, True, True]
+        assert list(store.temporary_root.iterdir()) == []
 
 
 class TestExpireUploads:
