@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from core.data.dataset import NO_TARGET, Row, TokenisedDataset
-from core.data.formats import IMAGE, Message
+from core.data.formats import IMAGE, PLACEHOLDER, VIDEO, Message
 from core.data.loader import build_batch
 from core.data.media import ImageProcessing, MediaError, Medium, UnreadableMedia
 from core.data.template import ChatTemplate
@@ -67,11 +67,26 @@ def held_out_questions(dataset: TokenisedDataset, *, max_samples: int | None = N
         return [_held_out(dataset.row(index), json.loads(next(lines))["messages"]) for index in range(count)]
 
 
-def own_question(text: str, images: Sequence[Path], template: ChatTemplate, processing: ImageProcessing) -> Question:
-    """A user's prompt as one turn; images without a placeholder in the text come before it. Raises UnreadableMedia."""
-    missing = len(images) - text.count(IMAGE)
-    messages = (Message("user", IMAGE * missing + text),)
-    media = [_planned(path, processing) for path in images]
+def own_question(
+    text: str,
+    images: Sequence[Path],
+    videos: Sequence[Path],
+    *,
+    template: ChatTemplate,
+    processing: ImageProcessing,
+    video_processing: VideoProcessing,
+) -> Question:
+    """A user's prompt as one turn; what has no placeholder in the text comes before it. Raises UnreadableMedia."""
+    marks = PLACEHOLDER.findall(text)
+    missing = IMAGE * (len(images) - marks.count(IMAGE)) + VIDEO * (len(videos) - marks.count(VIDEO))
+    messages = (Message("user", missing + text),)
+    next_image, next_video = iter(images), iter(videos)
+    media = [
+        _planned_image(next(next_image), processing)
+        if mark == IMAGE
+        else _planned_video(next(next_video), video_processing)
+        for mark in PLACEHOLDER.findall(messages[0].content)
+    ]
     input_ids = template.encode_prompt(messages, [processing.num_tokens(medium.grid) for medium in media])
     return Question(tuple(input_ids), tuple(media), messages, None, None)
 
@@ -185,12 +200,20 @@ def _prompt(question: Question, images: ImageProcessing, videos: VideoProcessing
     )
 
 
-def _planned(path: Path, processing: ImageProcessing) -> Medium:
+def _planned_image(path: Path, processing: ImageProcessing) -> Medium:
     """An image of a user's own prompt, decoded once to find damage early."""
     try:
         return Medium((path,), processing.load(path)[1])
     except MediaError as error:
         raise UnreadableMedia(f"image {path}: {error}") from error
+
+
+def _planned_video(path: Path, processing: VideoProcessing) -> Medium:
+    """A video likewise, decoded once to count its frames."""
+    try:
+        return processing.plan([path], processing.check([path], processing.probe([path])))
+    except MediaError as error:
+        raise UnreadableMedia(f"video {path}: {error}") from error
 
 
 def _row_batches(dataset: TokenisedDataset, max_samples: int | None) -> Iterator[list[int]]:

@@ -401,12 +401,14 @@ class Planner:
                     f"spec.{name}: a canonical (unfused) checkpoint cannot be evaluated; convert it with mm_to_hf first"
                 )
         for index, prompt in enumerate(spec.prompts or ()):
-            if prompt.text.count("<image>") not in (0, len(prompt.images)):
-                raise InvalidSpec(
-                    f"spec.prompts[{index}].text has {prompt.text.count('<image>')} <image> placeholders for {len(prompt.images)} images"
-                )
-            for image in prompt.images:
-                resolve_allowed(image, self.settings.allow_roots)
+            for kind, paths in (("image", prompt.images), ("video", prompt.videos)):
+                count = prompt.text.count(f"<{kind}>")
+                if count not in (0, len(paths)):
+                    raise InvalidSpec(
+                        f"spec.prompts[{index}].text has {count} <{kind}> placeholders for {len(paths)} {kind}s"
+                    )
+                for path in paths:
+                    resolve_allowed(path, self.settings.allow_roots)
 
 
 def need_of(spec: JobInputs) -> Need:

@@ -31,6 +31,8 @@ from core.specs.evaluation import EvaluationSpec
 from core.specs.parallel import ParallelSpec
 from core.storage.local import resolve_allowed
 
+PROMPT_FRAMES = 64
+"""Frames that are taken of a video in a user's own prompt: at Qwen's largest size, 768 tokens for two, as many as its own tools allow."""
 ANSWER_SCORES = {"exact_match": exact_match, "rouge_l": rouge_l}
 """Metrics that each answer has; `loss` is the model's."""
 
@@ -59,7 +61,7 @@ class _Session:
         self.template = ChatTemplate.from_model_dir(files)
         self.dataset: TokenisedDataset | None = None
         self.processing = ImageProcessing.from_model_dir(files)
-        self.videos = VideoProcessing.like(self.processing)
+        self.videos = VideoProcessing.like(self.processing, max_frames=PROMPT_FRAMES)
         if "dataset" in ctx.inputs:
             self.dataset = TokenisedDataset(ctx.inputs["dataset"].path, "validation")
             self.processing, self.videos = self.dataset.meta.image_processing, self.dataset.meta.video_processing
@@ -77,8 +79,10 @@ class _Session:
             own_question(
                 prompt.text,
                 [resolve_allowed(image, self.ctx.allow_roots) for image in prompt.images],
-                self.template,
-                self.processing,
+                [resolve_allowed(video, self.ctx.allow_roots) for video in prompt.videos],
+                template=self.template,
+                processing=self.processing,
+                video_processing=self.videos,
             )
             for prompt in self.spec.prompts or ()
         ]

@@ -21,10 +21,14 @@ class GenerationSpec(Spec):
 
 
 class PromptSpec(Spec):
-    """One prompt; images are paths under an allow-listed root."""
+    """One prompt; images and videos are paths under an allow-listed root.
+
+    They stand where the text has <image> and <video>, or before it. Of a video two frames a second are taken, at most 64.
+    """
 
     text: str = Field(min_length=1, max_length=65536)
     images: tuple[Annotated[str, Field(max_length=4096)], ...] = ()
+    videos: tuple[Annotated[str, Field(max_length=4096)], ...] = ()
 
 
 class EvaluationSpec(JobInputs):

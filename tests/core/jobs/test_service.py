@@ -163,6 +163,17 @@ class TestRefusals:
                 submit(session, settings, "evaluation", {"model": {"job": job.id}, "prompts": [{"text": "What?"}]})
             assert caught.value.code == "wrong_artifact_kind"
 
+    @pytest.mark.parametrize(("kind", "count"), [("image", 2), ("video", 1)])
+    def test_a_prompt_whose_placeholders_and_files_differ(
+        self, database: Database, settings: Settings, kind: str, count: int
+    ) -> None:
+        with database.write() as session:
+            prompt = {"text": f"<{kind}>" * count}
+            spec = {"model": {"artifact": hf_7b(session).id}, "prompts": [prompt]}
+            wanted = rf"spec\.prompts\[0\]\.text has {count} <{kind}> placeholders for 0 {kind}s"
+            with pytest.raises(InvalidSpec, match=wanted):
+                submit(session, settings, "evaluation", spec)
+
     def test_a_source_layout_that_the_rank_files_contradict(self, database: Database, settings: Settings) -> None:
         with database.write() as session:
             source = add_artifact(session, "mm_checkpoint", {"config": QWEN_7B, "tp_size": 2, "pp_size": 1})

@@ -259,6 +259,17 @@ class TestOwnPrompts:
         assert [answer["reference"] for answer in report["answers"]] == [None, None]
         assert report["answers"][0]["model"]["text"] == hf_answer(folder, 1, 6)
 
+    def test_videos_stand_where_the_text_says(self, tmp_path: Path, folder: Path) -> None:
+        video, image = str(folder / "source" / "images" / "a.gif"), str(folder / "source" / "images" / "2.png")
+        prompts = [
+            {"text": "<video>What is in the picture? <image>", "images": [image], "videos": [video]},
+            {"text": "What is it?", "videos": [video]},
+        ]
+        report = Job(tmp_path, folder, {"prompts": prompts, "generation": {"max_new_tokens": 1}}).report()
+        contents = [answer["messages"][0]["content"] for answer in report["answers"]]
+        assert contents == ["<video>What is in the picture? <image>", "<video>What is it?"]
+        assert [answer["videos"][0]["frames_taken"] for answer in report["answers"]] == [4, 4]
+
     def test_image_outside_the_allowed_roots_is_refused(self, tmp_path: Path, folder: Path) -> None:
         job = Job(tmp_path, folder, {"prompts": [{"text": "x", "images": [str(folder / "model" / "config.json")]}]})
         with pytest.raises(ForbiddenPath):
@@ -267,6 +278,7 @@ class TestOwnPrompts:
     def test_unreadable_image_is_named(self, tmp_path: Path, folder: Path) -> None:
         broken = folder / "source" / "broken.png"
         broken.write_bytes(b"no image")
-        job = Job(tmp_path, folder, {"prompts": [{"text": "x", "images": [str(broken)]}]})
-        with pytest.raises(UnreadableMedia, match=r"broken\.png"):
-            run(job.ctx, job.spec)
+        for kind, message in (("images", r"image .*broken\.png"), ("videos", r"video .*broken\.png")):
+            job = Job(tmp_path, folder, {"prompts": [{"text": "x", kind: [str(broken)]}]})
+            with pytest.raises(UnreadableMedia, match=message):
+                run(job.ctx, job.spec)
