@@ -122,18 +122,19 @@ class TestKilled:
             while not published(store):
                 number += 1
                 folder = attempt_folder(store, job, number, spec, source)
-                status, _ = forks.run(folder, dice.uniform(0, 1.1 * undisturbed_s) if number < 6 else None)
+                status, took_s = forks.run(folder, dice.uniform(0, 1.1 * undisturbed_s) if number < 6 else None)
                 assert status in (0, -signal.SIGKILL), (folder / "logs/rank_0.log").read_text()
                 kills += status != 0
+                if status == 0:  # the machine may be busier than it was at first; then kills would all come too early
+                    undisturbed_s = max(undisturbed_s, took_s)
                 resumed += "going on after an earlier attempt" in log_of(folder)
                 assert list(published(store).values()) in ([], [reference])
             assert contents(store.files_dir(next(iter(published(store))))) == wanted
             assert status != 0 or not list(store.job_dir(f"job_{job:026d}").glob("conversion/*"))
             shutil.rmtree(store.root)
-            if kills >= KILLS and resumed:
-                break
-        assert kills >= KILLS
-        assert resumed >= KILLS // 10
+            if kills >= KILLS and resumed >= KILLS // 10:
+                return
+        pytest.fail(f"{kills} kills and {resumed} resumed attempts in {job + 1} jobs")
 
 
 def log_of(attempt: Path) -> str:
