@@ -126,13 +126,14 @@ class Preparer:
 
     def _video(self, given: tuple[str, ...], paths: tuple[str, ...]) -> Medium:
         planned = self._plan(paths)
-        if isinstance(planned, MediaError):
-            name = repr(given[0]) + (f" and {len(given) - 1} more frames" if len(given) > 1 else "")
-            raise BadRow(planned.code, f"video {name}: {planned}{self._elsewhere(given[0], planned.code)}")
-        return planned
+        if isinstance(planned, Medium):
+            return planned
+        code, message = planned
+        name = repr(given[0]) + (f" and {len(given) - 1} more frames" if len(given) > 1 else "")
+        raise BadRow(code, f"video {name}: {message}{self._elsewhere(given[0], code)}")
 
-    def _plan_video(self, paths: tuple[str, ...]) -> Medium | MediaError:
-        """The video with its frames counted, for counts in headers may be wrong; or why it cannot be used."""
+    def _plan_video(self, paths: tuple[str, ...]) -> Medium | tuple[str, str]:
+        """The video with its frames counted, for counts in headers may be wrong; or code and message of why it cannot be used."""
         videos, files = self._options.video_processing, [self._media.path / path for path in paths]
         try:
             clip = videos.probe(files)
@@ -140,7 +141,7 @@ class Preparer:
                 clip = videos.check(files, clip)
             return videos.plan([Path(path) for path in paths], clip)
         except MediaError as error:
-            return error
+            return error.code, str(error)
 
     def _elsewhere(self, given: str, code: str) -> str:
         """A hint for the usual mistake: paths that already contain the media root."""

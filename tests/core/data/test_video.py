@@ -121,6 +121,13 @@ class TestLoad:
         assert rises == (rotation == -90), "the ramp rises to the right; turned clockwise it rises downwards"
         assert planned(VIDEOS, path).grid[1:] == VIDEOS.frames.grid(picture.height, picture.width)[1:]
 
+    def test_a_stream_that_changes_its_size_is_scaled_to_the_first(self, tmp_path: Path) -> None:
+        parts = [write_video(tmp_path / f"{width}.ts", pictures(10, width=width)) for width in (64, 160)]
+        (tmp_path / "both.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+        medium = planned(VIDEOS, tmp_path / "both.ts")
+        assert (medium.num_frames, medium.grid) == (20, (2, 4, 4))
+        assert len(VIDEOS.load(medium)) == medium.num_patches
+
     def test_an_image_is_loaded_as_ever(self, tmp_path: Path) -> None:
         Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
         pixels, grid = IMAGES.load(tmp_path / "a.png")
