@@ -131,6 +131,9 @@ class FlatBuffer:
         self.under_way: list[Pending] = []
         """Reductions of the first buckets, in order."""
         self._await_all()
+        if group is not None and self.buckets:
+            # The first message makes ranks wait for each other: here, and not amid a backward pass.
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     def _adopt(self, slot: Slot, parameter: nn.Parameter, index: int) -> None:
         added = partial(self._added, index, slot.name)
@@ -140,7 +143,8 @@ class FlatBuffer:
         if parameter.dtype == torch.float32:
             parameter.grad = gradient
             parameter.gradient_added = added  # type: ignore[attr-defined]  # see core.models.layers.linear
-            parameter.register_post_accumulate_grad_hook(lambda _: self._complete(index, slot.name))
+            if self.group is not None:
+                parameter.register_post_accumulate_grad_hook(lambda _: self._complete(index, slot.name))
             return
 
         def accumulate(finished: Tensor) -> None:
@@ -205,9 +209,12 @@ class FlatBuffer:
         self._complete(index, name)
 
     def _complete(self, index: int, name: str) -> None:
-        """Note that a backward pass has done with a parameter. Of a gradient added in place some versions of torch tell a second time."""
-        if self._is_last:
-            self._missing[index].discard(name)
+        """Note that a backward pass has done with a parameter.
+
+        Of a gradient added in place some versions of torch tell a second time, and on an accelerator from another thread.
+        """
+        if self._is_last and name in self._missing[index]:
+            self._missing[index].remove(name)
             self._start_complete()
 
     def _start_complete(self) -> None:
