@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from core.models.lora import Lora
 from core.models.qwen2_5_vl.family import Config, VisionConfig
 
 Grid = tuple[int, int, int]
@@ -54,14 +55,6 @@ class Work:
     """Pairs of patches in one window."""
     frame_pairs: int = 0
     """Pairs of patches in one frame."""
-
-
-@dataclass(frozen=True)
-class Lora:
-    """LoRA: matrices [rank, in] and [out, rank] beside the linear layers of these names, in towers that are not frozen."""
-
-    rank: int
-    targets: AbstractSet[str]
 
 
 @dataclass(frozen=True)
@@ -101,9 +94,9 @@ def model_flops(config: Config, *, frozen: AbstractSet[str] = frozenset(), lora:
             trains = not is_frozen and product.kind != "attention"
             total[product.unit] = total.get(product.unit, 0.0) + flops * (times + trains)
         else:
-            trains = not is_frozen and product.kind in lora.targets
+            trains = not is_frozen and product.kind in lora.kinds(product.tower)
             values = product.inputs * (times + 1) + product.outputs * 3
-            extra = 2.0 * product.rows * lora.rank * values if trains else 0.0
+            extra = 2.0 * product.rows * lora.r * values if trains else 0.0
             total[product.unit] = total.get(product.unit, 0.0) + flops * times + extra
         is_reached = is_reached or trains
     return ModelFlops(total)

@@ -28,9 +28,10 @@ from core.data.dataset import TokenisedDataset
 from core.device import Accelerator, get_accelerator
 from core.errors import AppError, IncompatiblePlan, InvalidModel
 from core.jobs.resuming import checkpoint_metadata
-from core.models.flops import Lora, ModelFlops, model_flops, peak_flops
+from core.models.flops import model_flops, peak_flops
 from core.models.hf_folder import read_config
 from core.models.layers.recompute import Recompute, RecomputePolicy
+from core.models.lora import Lora
 from core.models.plan import Stage, stages
 from core.models.qwen2_5_vl.family import Config
 from core.models.registry import Family, detect
@@ -92,6 +93,7 @@ def _train(
     origin = Origin.find(checkpoints, given.path if given else None)
     facts = _new_facts(spec, dataset)
     adapters = Adapters.of(spec, config)
+    frozen = frozenset(tower for tower, is_frozen in spec.freeze if is_frozen)
 
     with Together(mesh):
         if origin is not None:
@@ -131,7 +133,7 @@ def _train(
         checkpoints=checkpoints,
         facts=facts,
         reporter=ctx,
-        flops=_flops(config, spec),
+        flops=model_flops(config, frozen=frozen, lora=None if adapters is None else Lora(adapters.layers, adapters.r)),
         peak_flops=_peak_flops(accelerator, spec, settings),
         heartbeat=heartbeat,
         saved_at=facts.position.iteration if origin is not None else None,
@@ -157,12 +159,6 @@ def _train(
     if finished and mesh.rank == 0:  # nothing resumes from here any more; the artifacts hold the same files
         shutil.rmtree(ctx.job_dir / "checkpoints")
     return outcome
-
-
-def _flops(config: Config, spec: TrainingSpec) -> ModelFlops:
-    frozen = {tower for tower, is_frozen in spec.freeze if is_frozen}
-    lora = None if spec.lora is None else Lora(spec.lora.r, frozenset(spec.lora.target_modules))
-    return model_flops(config, frozen=frozen, lora=lora)
 
 
 def _peak_flops(accelerator: Accelerator, spec: TrainingSpec, settings: Settings) -> float | None:

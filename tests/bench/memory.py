@@ -1,7 +1,7 @@
-"""Measures the peak of one training step in a process of its own: `python -m tests.bench.memory JSON` prints bytes.
+"""Measures the peak of one training step on each rank, a process of its own: `python -m tests.bench.memory JSON [RANK FILE]` prints bytes.
 
 The C library is told to give freed tensors back at once (MALLOC_MMAP_THRESHOLD_), so resident memory follows live tensors, and the
-kernel's high-water mark is reset after a warm-up that loads libraries and starts threads.
+kernel's high-water mark is reset after a warm-up on a small model that loads libraries and starts threads. Ranks meet in FILE.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import json
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from core.device.cpu import CpuAccelerator
 from core.models.batch import PackedBatch
@@ -24,13 +25,13 @@ from core.models.plan import stages
 from core.models.positions import mrope_positions
 from core.models.qwen2_5_vl.family import PLAN, Config
 from core.models.qwen2_5_vl.model import Qwen2_5_VLStage
-from core.parallel.mesh import build_mesh
+from core.parallel.mesh import Mesh, build_mesh
 from core.specs.parallel import ParallelSpec
 from core.specs.training import FreezeSpec, OptimizerSpec
 from core.training.freeze import freeze
 from core.training.lora import Adapters
 from core.training.optimizer import Optimizer
-from core.training.wiring import Head, build_pipeline
+from core.training.wiring import Head, build_pipeline, shard_chunks
 from tests.core.training.tiny import END, IMAGE, START, tiny_config
 
 LORA_RANK = 8
@@ -55,6 +56,26 @@ class Setting:
     """`target_modules`; then the towers that are not frozen train adapters of rank 8 alone"""
     vision: dict[str, Any] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    tp: int = 1
+    pp: int = 1
+    """The vision tower is on the first stage, with its share of the language layers."""
+    dp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def layout(self) -> ParallelSpec:
+        llm = (self.llm_layers // self.pp,) * self.pp
+        vit = (self.vit_layers, *[0] * (self.pp - 1))
+        return ParallelSpec(tp_size=self.tp, llm_pp_layers=(llm,), vit_pp_layers=(vit,))
+
+    @property
+    def num_batches(self) -> int:
+        """Of a step: enough to fill the pipeline."""
+        return 1 if self.pp == 1 else 2 * self.pp
 
     def config(self) -> Config:
         base = tiny_config(vit_layers=self.vit_layers, llm_layers=self.llm_layers)
@@ -93,28 +114,32 @@ def batch_of(setting: Setting, config: Config, *, lengths: tuple[int, ...], side
     )
 
 
-def step(setting: Setting, config: Config, *, lengths: tuple[int, ...], side: int) -> None:
-    """Build the model and its optimizer, and train one micro-batch."""
+def step(setting: Setting, config: Config, mesh: Mesh, *, lengths: tuple[int, ...], side: int) -> None:
+    """Build this rank's stage and its optimizer, and train a step."""
     accelerator = CpuAccelerator()
-    layout = ParallelSpec(llm_pp_layers=((setting.llm_layers,),), vit_pp_layers=((setting.vit_layers,),))
-    all_stages = stages(config, layout)
-    mesh = build_mesh(pp_size=1, dp_size=1)
+    all_stages = stages(config, setting.layout)
     recompute = Recompute(RecomputePolicy(**setting.vision), RecomputePolicy(**setting.text))
-    model = Qwen2_5_VLStage(config, all_stages[0], accelerator=accelerator, recompute=recompute)
+    with torch.device("meta"):
+        model = Qwen2_5_VLStage(config, all_stages[mesh.pp_rank], accelerator=accelerator, recompute=recompute)
     spec = FreezeSpec(
         vision_encoder="vision_encoder" in setting.frozen, vision_projector="vision_projector" in setting.frozen,
         text_decoder="text_decoder" in setting.frozen,
     )  # fmt: skip
     freeze(model, spec, all_weights=bool(setting.lora))
+    held = shard_chunks([model], PLAN, mesh)
     if setting.lora:
         adapters = Adapters(config, setting.adapted(config), r=LORA_RANK, alpha=16, seed=0)
-        adapters.attach([model], all_stages, PLAN, mesh)
-    optimizer = Optimizer(model, OptimizerSpec(), mesh)
-    head = Head(model, accelerator.device, mesh, targets_only=True)
+        held |= adapters.attach([model], [all_stages[mesh.pp_rank]], PLAN, mesh)[1]
+    model.to(torch.float32 if setting.precision == "fp32" else torch.bfloat16).to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.02)
+    optimizer = Optimizer(model, OptimizerSpec(), mesh, held=held)
+    head = Head(model, accelerator.device, mesh, targets_only=mesh.tp_group is None)
     pipeline = build_pipeline([model], head, mesh, config, all_stages, spec, accelerator)
     batch = batch_of(setting, config, lengths=lengths, side=side)
     optimizer.clear_gradients()
-    pipeline.run([batch])
+    pipeline.run([batch] * setting.num_batches, last_pass=optimizer.last_pass)
+    optimizer.reduce_gradients()
     optimizer.step(learning_rate=1e-5, num_targets=len(batch.targets_T), squared_norm=1.0)
 
 
@@ -123,18 +148,30 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(setting: Setting) -> int:
+def measure(setting: Setting, mesh: Mesh) -> int:
     """Peak bytes above what the process had after a warm-up on a small model."""
-    torch.set_num_threads(1)
-    small = replace(setting, hidden=128, ffn=96, vision_hidden=40, vision_ffn=48, vocab=128)
-    step(small, small.config(), lengths=(64,), side=8 if setting.image_side else 0)
+    small = replace(setting, hidden=128 * setting.tp, ffn=96, vision_hidden=40, vision_ffn=48, vocab=128)
+    step(small, small.config(), mesh, lengths=(64,), side=8 if setting.image_side else 0)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    step(setting, setting.config(), lengths=setting.lengths, side=setting.image_side)
+    step(setting, setting.config(), mesh, lengths=setting.lengths, side=setting.image_side)
     return _status("VmHWM") - before
+
+
+def main(setting: Setting, rank: int, file: str | None) -> None:
+    """Measure as one rank, and print it."""
+    torch.set_num_threads(1)
+    if setting.world_size > 1:
+        store = dist.FileStore(file, setting.world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=setting.world_size)
+    mesh = build_mesh(pp_size=setting.pp, dp_size=setting.dp, tp_size=setting.tp)
+    print(measure(setting, mesh), flush=True)
+    if setting.world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(sys.argv[1]).items()}
-    print(measure(Setting(**given)))
+    main(Setting(**given), int(sys.argv[2]) if len(sys.argv) > 2 else 0, sys.argv[3] if len(sys.argv) > 3 else None)

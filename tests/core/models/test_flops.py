@@ -10,9 +10,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
-from core.models.flops import Lora, ModelFlops, Work, model_flops, peak_flops, work_of
+from core.models.flops import ModelFlops, Work, model_flops, peak_flops, work_of
 from core.models.layers.lora import attach
-from core.models.lora import adapted_layers
+from core.models.lora import Lora, adapted_layers
 from core.models.plan import whole
 from core.models.qwen2_5_vl.family import Config
 from core.specs.training import FreezeSpec
@@ -67,8 +67,10 @@ class TestPublishedFigures:
         work = Work(tokens=1000, targets=1000, token_pairs=500_500)
         once = forward(QWEN_7B).of(work)
         assert model_flops(QWEN_7B, frozen=VISION).of(work) == pytest.approx(3 * once)
-        lora = model_flops(QWEN_7B, frozen=VISION, lora=Lora(8, {"linear_qkv", "linear_proj"})).of(work)
-        assert 1.95 < lora / once < 2.05
+        adapted = model_flops(QWEN_7B, frozen=VISION, lora=lora_on(QWEN_7B, 8, VISION, "linear_qkv", "linear_proj")).of(
+            work
+        )
+        assert 1.95 < adapted / once < 2.05
 
     @pytest.mark.parametrize(("config", "per_token"), [(QWEN_7B, 2.5), (QWEN_3B, 1.8)])
     def test_causal_attention_of_4096_tokens(self, config: Config, per_token: float) -> None:
@@ -97,8 +99,12 @@ class TestAgainstTorch:
 
     @pytest.mark.parametrize("frozen", [VISION, frozenset()], ids=["vision frozen", "nothing frozen"])
     def test_and_with_adapters(self, frozen: frozenset[str]) -> None:
-        lora = Lora(3, {"linear_fc2", "linear_proj"})
+        lora = lora_on(tiny_config(), 3, frozen, "linear_fc2", "linear_proj")
         assert counted(frozen, lora) == model_flops(tiny_config(), frozen=frozen, lora=lora).of(computed())
+
+
+def lora_on(config: Config, r: int, frozen: frozenset[str], *kinds: str) -> Lora:
+    return Lora(tuple(adapted_layers(config, kinds, frozen)), r)
 
 
 def computed() -> Work:
@@ -119,10 +125,10 @@ def counted(frozen: frozenset[str], lora: Lora | None = None) -> int:
     if lora is not None:
         model.requires_grad_(False)
         modules, stage = dict(model.named_modules()), whole(config)
-        for layer in adapted_layers(config, sorted(lora.targets), frozen):
+        for layer in lora.layers:
             for number in range(len(stage.layers(layer.place))):
                 module = modules[layer.name.format(layer=number)]
-                attach(module, layer, r=lora.rank, scale=1.0)
+                attach(module, layer, r=lora.r, scale=1.0)
                 module.requires_grad_(False)
                 for matrix in (module.lora_A, module.lora_B):
                     matrix.requires_grad_(True)
