@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ SPARE_BYTES = 64 << 20
 """Left free beyond what a checkpoint needs."""
 PATIENCE_S = 20.0
 """After an error: how long rank 0 waits for the other ranks' parts of the checkpoint that is being written."""
+
+Name = TypeVar("Name", bound=str)
 
 _log = logging.getLogger("temper.runner")
 
@@ -114,14 +116,16 @@ class Contents:
         states = [tensor for piece in pieces for tensor in piece.tensors.values()]
         return sum(tensor.nbytes for tensor in (*self.weights.values(), *states, *(self.rng or {}).values()))
 
-    def copied(self) -> Contents:
-        """Copy everything to host memory of its own."""
+    def copied(self, into: Contents | None) -> Contents:
+        """Copy everything to host memory: that of an earlier copy, which is much faster than memory never touched, or new."""
+        into = into or Contents({})
+        old_pieces = into.optimizer.pieces if into.optimizer else {}
         pieces = {
-            name: replace(piece, tensors={kind: _copy(tensor) for kind, tensor in piece.tensors.items()})
+            name: replace(piece, tensors=_copied(piece.tensors, old_pieces[name].tensors if name in old_pieces else {}))
             for name, piece in (self.optimizer.pieces if self.optimizer else {}).items()
         }
         return Contents(
-            {name: _copy(tensor) for name, tensor in self.weights.items()},
+            _copied(self.weights, into.weights),
             replace(self.optimizer, pieces=pieces) if self.optimizer else None,
             self.rng,  # made anew each time it is asked for
         )
@@ -137,6 +141,8 @@ class Checkpoints:
         self.rank_folder = rank_folder
         self.keep_last = keep_last
         self._writing: Writing | None = None
+        self._copy: Contents | None = None
+        """Host memory for all saves in the background, from the first on."""
         self._temporary = folder
 
     @property
@@ -144,9 +150,10 @@ class Checkpoints:
         """Whether this rank's part of the last checkpoint could not be written; `wait` on all ranks then raises the error."""
         return self._writing is not None and self._writing.error is not None
 
-    def save(self, facts: Facts, contents: Contents) -> None:
+    def save(self, facts: Facts, contents: Contents, *, in_background: bool = True) -> None:
         """Begin to write a checkpoint, after the one before is complete: when this returns, training may go on.
 
+        Without `in_background`, or memory for a copy, it is this rank that waits while its files are written.
         Raises the same error on all ranks when one fails, DiskFull when there is no room.
         """
         self.wait()
@@ -161,10 +168,10 @@ class Checkpoints:
                 self._make_room(sum(size for _, size in told))
         with Together(self.mesh):
             needed = sum(size for host, size in told if host == platform.node())
-            is_copied = has_room_for(needed)
+            is_copied = in_background and (self._copy is not None or has_room_for(needed))
             if is_copied:
-                contents = contents.copied()
-            else:
+                contents = self._copy = contents.copied(self._copy)
+            elif in_background:
                 _log.warning("training waits for the checkpoint: no host memory for a copy of %d bytes", needed)
         self._writing = Writing(
             self._temporary,
@@ -321,8 +328,14 @@ def write_tracker(folder: Path, iteration: int) -> None:
     fsync(folder)
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def _copied(tensors: Mapping[Name, Tensor], into: Mapping[Name, Tensor]) -> dict[Name, Tensor]:
+    out = {}
+    for name, tensor in tensors.items():
+        old = into.get(name)
+        fits = old is not None and (old.shape, old.dtype) == (tensor.shape, tensor.dtype)
+        target = old if old is not None and fits else torch.empty(tensor.shape, dtype=tensor.dtype)
+        out[name] = target.copy_(tensor.detach())
+    return out
 
 
 def _remove(path: Path) -> None:

@@ -176,12 +176,14 @@ class Trainer:
             )
             if iteration % spec.log_interval == 0 or iteration == spec.train_iters or everyone.stop:
                 self._log(learning_rate, grad_norm, everyone)
-            if self._is_save_due(iteration) or everyone.stop:
+            if everyone.stop:
+                self.save(in_background=False)
+            elif self._is_save_due(iteration):
                 self.save()
             if everyone.stop and iteration < spec.train_iters:
                 self.checkpoints.wait()
                 return Outcome.STOPPED
-        self.save()
+        self.save(in_background=False)
         self.checkpoints.wait()
         return Outcome.FINISHED
 
@@ -205,8 +207,8 @@ class Trainer:
         )
         self.meters.restart()
 
-    def save(self) -> None:
-        """Begin to write a checkpoint of the present state, unless that was done already."""
+    def save(self, *, in_background: bool = True) -> None:
+        """Begin to write a checkpoint of the present state, unless that was done already; training goes on or waits meanwhile."""
         iteration = self.facts.position.iteration
         if self.saved_at == iteration:
             return
@@ -218,7 +220,7 @@ class Trainer:
             self.optimizer.state_dict() if wanted.save_optim else None,
             {"host": torch.get_rng_state(), "device": self.accelerator.rng_state()} if wanted.save_rng else None,
         )
-        self.checkpoints.save(self.facts, contents)
+        self.checkpoints.save(self.facts, contents, in_background=in_background)
         self.saved_at = iteration
         seconds = time.perf_counter() - began
         self.meters.paused(seconds)
@@ -298,7 +300,7 @@ class Trainer:
 
     def _is_save_due(self, iteration: int) -> bool:
         interval = self.spec.checkpoint.save_interval
-        return interval is not None and iteration % interval == 0
+        return interval is not None and iteration % interval == 0 and iteration < self.spec.train_iters
 
     def _log(self, learning_rate: float, grad_norm: float, everyone: Exchanged) -> None:
         reading, position, spec = self.meters.read(), self.facts.position, self.spec

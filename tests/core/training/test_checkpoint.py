@@ -137,6 +137,25 @@ class TestBackground:
         file = path / "mp_rank_00" / "temper_optim_000.pt"
         assert load_optimizer(file).pieces["a"].tensors["exp_avg"].sum() == 4
 
+    def test_the_next_copy_takes_the_memory_of_the_one_before_where_it_fits(self) -> None:
+        first = Contents({"a": torch.ones(4), "b": torch.ones(2)}, OPTIMIZER).copied(None)
+        second = Contents({"a": torch.zeros(4), "b": torch.zeros(3)}, replace(OPTIMIZER, num_steps=4)).copied(first)
+        assert second.weights["a"] is first.weights["a"]
+        assert first.weights["a"].sum() == 0
+        assert second.weights["b"].shape == (3,)
+        assert first.optimizer is not None
+        assert second.optimizer is not None
+        assert second.optimizer.num_steps == 4
+        tensors = (state.pieces["a.weight"].tensors["exp_avg"] for state in (first.optimizer, second.optimizer))
+        assert next(tensors) is next(tensors)
+
+    def test_the_last_one_is_written_without_a_copy(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Contents, "copied", None)
+        checkpoints = store(tmp_path)
+        checkpoints.save(FACTS, ALL, in_background=False)
+        checkpoints.wait()
+        assert checkpoints.newest() == tmp_path / "iter_0000005"
+
     def test_a_second_save_waits_for_the_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         gate, checkpoints = Gate(monkeypatch), store(tmp_path)
         checkpoints.save(at(1), ONLY_WEIGHTS)

@@ -180,8 +180,8 @@ def train_on_a_full_disk(rank_number: int, folder: Path) -> tuple[str, str]:
         checkpoint.write_pt = full  # this process ends with the test
     save = trainer.checkpoints.save
 
-    def save_and_let_it_fail(*args: Any) -> None:
-        save(*args)
+    def save_and_let_it_fail(*args: Any, **options: Any) -> None:
+        save(*args, **options)
         writing = trainer.checkpoints._writing
         assert writing is not None
         writing.wait_for_own_part()
