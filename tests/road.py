@@ -57,17 +57,21 @@ def photos_road(
     return road
 
 
-def submit_road(client: Client, road: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, Job]:
-    """Submit every station; the jobs by station."""
-    jobs: dict[str, Job] = {}
+def submit_road(
+    client: Client, road: Mapping[str, tuple[str, dict[str, Any]]], *, made: Mapping[str, str] | None = None
+) -> dict[str, Job]:
+    """Submit every station but those that were `made` before (station -> job id); the new jobs by station."""
+    ids, jobs = dict(made or {}), {}
     for station, (kind, spec) in road.items():
-        jobs[station] = client.submit(kind, _with_ids(spec, jobs), name=station)
+        if station not in ids:
+            jobs[station] = client.submit(kind, _with_ids(spec, ids), name=station)
+            ids[station] = jobs[station].id
     return jobs
 
 
-def _with_ids(spec: Mapping[str, Any], jobs: Mapping[str, Job]) -> dict[str, Any]:
+def _with_ids(spec: Mapping[str, Any], ids: Mapping[str, str]) -> dict[str, Any]:
     resolved = dict(spec)
     for field, value in spec.items():
         if isinstance(value, dict) and str(value.get("job", "")).startswith("$"):
-            resolved[field] = {**value, "job": jobs[value["job"][1:]].id}
+            resolved[field] = {**value, "job": ids[value["job"][1:]]}
     return resolved

@@ -73,7 +73,9 @@ class TestServe:
             stop_process(process)
             kill_home(home)
 
-    def test_second_one_on_the_same_home_is_refused(self, home: Path) -> None:
+    def test_a_second_one_on_its_home_is_refused_and_its_children_end_with_it_even_when_it_is_killed(
+        self, home: Path
+    ) -> None:
         process = self.start(home)
         try:
             self.url(home, process)
@@ -81,20 +83,13 @@ class TestServe:
             second = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, check=False)
             assert second.returncode != 0
             assert "another" in second.stderr
-        finally:
-            stop_process(process)
-            kill_home(home)
-
-    def test_children_end_with_it_even_when_it_is_killed(self, home: Path) -> None:
-        process = self.start(home)
-        try:
-            self.url(home, process)
             family = psutil.Process(process.pid).children()
             process.kill()
             process.wait()
             psutil.wait_procs(family, timeout=120)
             assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in family)
         finally:
+            stop_process(process)
             kill_home(home)
 
 
