@@ -96,6 +96,17 @@ class TestEqualsTransformers:
         expected = hf_gradients(reference, SAMPLES[name], batch.targets_T)
         assert_all_close(gradients(model), mm_state(config, whole(config), expected))
 
+    def test_a_long_video_at_positions_of_our_own(self) -> None:
+        """Where transformers would count on otherwise after the video (see test_positions): it is told our positions."""
+        sample = make_sample([3, (5, 4, 4), 6], seed=11, seconds=3.0)
+        config = Config.from_hf(tiny_config())
+        reference = hf_model(tiny_config())
+        batch = pack([sample], config)
+        assert batch.position_ids_3T.max() == 4 + 4 * 6 + 7
+        expected = reference(**hf_inputs(sample), position_ids=batch.position_ids_3T[:, None]).logits[0]
+        model = whole_model(config, reference)
+        torch.testing.assert_close(model.logits(model(batch)), expected, rtol=1e-4, atol=1e-5)
+
     def test_samples_in_one_row_do_not_see_each_other(self) -> None:
         config = Config.from_hf(tiny_config())
         model = whole_model(config, hf_model(tiny_config()))
