@@ -53,6 +53,7 @@ class Progress(Resource):
     total: float | None = None
     unit: str = ""
     rate: float | None = None
+    remaining_s: float | None = None
 
 
 class Problem(Resource):

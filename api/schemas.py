@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from core.db.models import ApiKey, Artifact, Attempt, Event, JobInput, Lease, Node, Upload
 from core.jobs.principal import Role
@@ -104,6 +104,12 @@ class ProgressOut(BaseModel):
     total: float | None
     unit: str
     rate: float | None = Field(None, description="Units per second.")
+
+    @computed_field(description="Seconds that the rest takes at this rate.")  # type: ignore[prop-decorator]
+    @property
+    def remaining_s(self) -> float | None:
+        """None where the total or the rate is not known."""
+        return max(0.0, self.total - self.done) / self.rate if self.total is not None and self.rate else None
 
 
 class ErrorOut(BaseModel):

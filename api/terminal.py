@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from rich.console import Console
@@ -112,7 +112,9 @@ def job_details(job: Job) -> Table:
     rows += [("state", coloured_state(job.state) + (f"  [dim]{escape(job.reason)}[/]" if job.reason else ""))]
     rows += [("labels", escape(", ".join(f"{key}={value}" for key, value in job.labels.items())))]
     rows += [("created", job.created_at or ""), ("started", job.started_at or ""), ("finished", job.finished_at or "")]
-    rows += [("progress", progress_text(job)), ("metrics", metrics_text(job.latest_metrics))]
+    left = job.progress.remaining_s if job.progress is not None and not job.finished else None
+    more = f", {timedelta(seconds=round(left))} left" if left is not None else ""
+    rows += [("progress", progress_text(job) + more), ("metrics", metrics_text(job.latest_metrics))]
     for attempt in job.attempts:
         hosts = escape("; ".join(_host_text(part) for part in attempt.placement))
         rows.append((f"attempt {attempt.number}", f"{coloured_state(attempt.state)}  [dim]{hosts}[/]"))

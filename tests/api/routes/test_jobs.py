@@ -249,7 +249,7 @@ class TestGet:
         assert shown["attempts"][0]["placement"] == [
             {"node": "node-a", "node_rank": 0, "devices": [2, 3], "state": "held"}
         ]
-        assert shown["progress"] == {"done": 3, "total": 10, "unit": "tensors", "rate": 1.5}
+        assert shown["progress"] == {"done": 3, "total": 10, "unit": "tensors", "rate": 1.5, "remaining_s": 7 / 1.5}
         assert shown["latest_metrics"] == {"step": 3, "loss": None}
         assert [output["artifact_id"] for output in shown["outputs"]] == [last.id]
         assert first.id != last.id
