@@ -88,5 +88,5 @@ def database(database_url: str) -> Iterator[Database]:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    """Settings of a home of its own; folders below `tmp_path` may be registered."""
-    return Settings(home=tmp_path / "home", allow_roots=(tmp_path,))
+    """Settings of a home of its own; folders below `tmp_path` may be registered. A host that was reported stays alive for the test."""
+    return Settings(home=tmp_path / "home", allow_roots=(tmp_path,), node_ttl_s=120)

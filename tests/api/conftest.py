@@ -77,7 +77,7 @@ def settings(tmp_path: Path, migrated_home: Path) -> Settings:
     """Settings of the API under test; override for other limits or another database."""
     home = tmp_path / "home"
     shutil.copytree(migrated_home, home)
-    return Settings(home=home, allow_roots=(tmp_path / "allowed",), log_format="json")
+    return Settings(home=home, allow_roots=(tmp_path / "allowed",), log_format="json", node_ttl_s=120)
 
 
 @pytest.fixture

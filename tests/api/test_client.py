@@ -26,7 +26,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def client(server: Server) -> Iterator[Client]:
-    with Client(server.url, "key", retry_s=3) as opened:
+    with Client(server.url, "key", retry_s=60) as opened:
         yield opened
 
 

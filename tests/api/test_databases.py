@@ -16,7 +16,9 @@ from tests.api.problems import problem
 
 @pytest.fixture
 def settings(tmp_path: Path, database_url: str) -> Settings:
-    return Settings(home=tmp_path / "home", database_url=database_url, allow_roots=(tmp_path,), log_format="json")
+    return Settings(
+        home=tmp_path / "home", database_url=database_url, allow_roots=(tmp_path,), log_format="json", node_ttl_s=120
+    )
 
 
 class TestRaces:

@@ -149,7 +149,7 @@ class TestPipeline:
 
     def test_a_stage_output_of_unplanned_shape_is_our_own_mistake(self) -> None:
         with pytest.raises(AssertionError, match="planned"):
-            run(_wrong_shape, 2, timeout_s=5)
+            run(_wrong_shape, 2)
 
 
 def drawn(table: tuple[tuple[Action | None, ...], ...], rank: int) -> str:
