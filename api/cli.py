@@ -359,6 +359,18 @@ def artifacts(
         out.print(terminal.artifacts_table(found))
 
 
+@app.command(rich_help_panel="Artifacts")
+def delete(
+    context: typer.Context,
+    artifact_ids: Annotated[list[str], typer.Argument(metavar="ARTIFACT…", help="art_…, one or several.")],
+) -> None:
+    """Delete artifacts and their files; refused while a job needs one. What was registered stays where it lies."""
+    with _client(context) as client:
+        for artifact_id in artifact_ids:
+            client.delete_artifact(artifact_id)
+            out.print(f"{artifact_id} is deleted", highlight=False)
+
+
 # The cluster
 
 

@@ -179,6 +179,13 @@ class TestOutput:
         told = within("nodes", "drain", "ascend 1", url=server.url).stdout
         assert told == "ascend 1 is drained; still running there: job_1\n"
 
+    def test_artifacts_are_deleted_until_one_is_refused(self, server: Server) -> None:
+        server.answers["DELETE /v1/artifacts/art_1"] = says(204, b"")
+        server.answers["DELETE /v1/artifacts/art_2"] = says(409, {"code": "conflict", "detail": "used by job job_1"})
+        result = within("delete", "art_1", "art_2", "art_3", url=server.url)
+        assert (result.returncode, result.stdout) == (3, "art_1 is deleted\n")
+        assert "used by job job_1" in result.stderr
+
     def test_metrics_are_summed_up(self, server: Server) -> None:
         server.answers["GET /v1/jobs/job_1/metrics"] = says(200, {"series": {"loss": [[1, 0.0, 2.0], [2, 1.0, 0.5]]}})
         row = within("metrics", "job_1", url=server.url).stdout.splitlines()[1].split()
