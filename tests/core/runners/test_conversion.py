@@ -24,6 +24,7 @@ from core.runners.context import InputArtifact, RunContext, Stopped
 from core.specs.conversion import ConversionSpec
 from core.storage.local import Store
 from core.storage.manifest import FileEntry, Manifest
+from tests.bench.conversion import Bench, write_model
 from tests.tiny import TinyShape, tiny_model, write_safetensors
 
 SHAPE = TinyShape(vision_layers=2, text_layers=3)
@@ -189,6 +190,19 @@ class TestReports:
         assert progress[0]["done"] == 0
         assert progress[-1]["done"] == progress[-1]["total"] > 0
         assert sum(message.startswith("wrote release/mp_rank_") for message in caplog.messages) == 4
+
+
+@pytest.mark.slow
+class TestMemory:
+    def test_it_does_not_grow_with_the_model(self, tmp_path: Path) -> None:
+        """Of 0.7 GB that are read and written a job holds a part. Its own process tells, which has not loaded what tests load."""
+        shape = TinyShape(vision_layers=1, text_layers=1, hidden=2048, heads=16, kv_heads=2, ffn=11008)
+        write_model(tmp_path / "hf", shape, vocab_size=64_000, zeros=True)
+        spec = {"operation": "hf_to_mm", "parallel": {**OTHER, "llm_pp_layers": [[1]], "vit_pp_layers": [[1]]}}
+        source = (tmp_path / "hf", "hf_model", inspect_hf_folder(tmp_path / "hf").metadata)
+        row, _ = Bench(tmp_path, repeat=1).convert("hf_to_mm", spec, source=source)
+        assert row.size_bytes > 600 << 20
+        assert row.runs[0].peak_bytes < 300 << 20
 
 
 class TestFailures:
