@@ -374,7 +374,7 @@ class Planner:
         nodes = [node for node in self._device_hosts() if node.devices]
         known = [size for node in nodes for device in node.devices if (size := device.get("memory_bytes"))]
         plan.device_memory_bytes = min(known, default=ASSUMED_DEVICE_BYTES)
-        fused = not nodes or any(node.device_kind != "cpu" for node in nodes)
+        fused = not nodes or any(node.device_kind == "npu" for node in nodes)
         if not known:
             plan.warnings.append("no device tells its memory; fits is against an assumed 64 GiB")
         plan.memory_per_rank = memory_per_rank(spec, config, plan.device_memory_bytes, fused=fused)
@@ -547,7 +547,7 @@ def _rank_memory(
         tokens,
         tokens * config.vision.spatial_merge_size**2,
         num_in_flight=in_flight(pp_rank, parallel.pp_size, len(held)),
-        has_fused_attention=fused,
+        has_fused_kernels=fused,
     )
     activations = sum(
         activation_bytes(

@@ -85,8 +85,9 @@ class Workload:
     num_in_flight: int = 1
     is_mixed: bool = True
     """Samples of different lengths: the reference attention joins its outputs in one more tensor."""
-    has_fused_attention: bool = True
-    """False on a CPU, where keys and values are repeated for each query head of their group."""
+    has_fused_kernels: bool = True
+    """False where plain torch computes (CPU, CUDA): keys and values are repeated for each query head of their group, and in bfloat16
+    norms keep float32 copies and SwiGLU an intermediate."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,9 @@ def activation_bytes(
     text = _text(config, stage, work, frozen, size, text_recompute or LayerRecompute(), tp_size, lora)
     batch = work.num_tokens * 5 * 8 + (work.num_patches * config.vision.patch_dim * 4 if stage.has_patch_embed else 0)
     kept = batch + vision.kept + text.kept
-    held = work.num_in_flight * kept
-    return math.ceil(
-        max(held - text.kept + vision.working, held + text.working, held + _loss(config, stage, work, size, tp_size))
-    )
+    held = work.num_in_flight * kept + _messages(config, stage, work, size, tp_size)
+    loss = _loss(config, stage, work, size, tp_size, is_trained="text_decoder" not in frozen and lora is None)
+    return math.ceil(max(held - text.kept + vision.working, held + text.working, held + loss))
 
 
 def _layer(
@@ -138,6 +138,8 @@ def _layer(
     ffn: float,
     inputs: AbstractSet[str],
     low: float,
+    norm: float,
+    swiglu: float,
     expanded: bool,
     joined: bool,
     split: int,
@@ -145,17 +147,20 @@ def _layer(
 ) -> tuple[float, float, float]:
     """Values per row that a transformer layer keeps: all of it, with selective recompute, and its working memory going back.
 
-    `inputs` are the linear layers that keep theirs, for the gradient of their weight or adapter; `low` is what adapters keep beside.
+    `inputs` are the linear layers that keep theirs, for the gradient of their weight or adapter; `low` is what adapters keep beside,
+    `norm` and `swiglu` what those keep relative to their width.
     `hidden` parts are divided by `shared`, those of heads and of the MLP by `split` tensor-parallel ranks.
     """
-    linear_inputs = (
-        (("linear_qkv" in inputs) + ("linear_fc1" in inputs)) * hidden / shared
-    )  # that of proj is kept anyway
-    rest = 2 * hidden / shared + linear_inputs + low + (2 + ("linear_fc2" in inputs)) * ffn / split
+    # The input of proj is kept anyway.
+    linear_inputs = (("linear_qkv" in inputs) + ("linear_fc1" in inputs)) * hidden / shared
+    rest = 2 * norm * hidden / shared + linear_inputs + low + (swiglu + ("linear_fc2" in inputs)) * ffn / split
     # The value is a view of what linear_qkv returned, and keeps all of it; repeated ones are tensors of their own.
     with_view = (query + key + (query + 2 * key) + query) / split
     core = (4 + joined) * query / split if expanded else with_view
-    return rest + core, rest + min(with_view, core), 3 * ffn / split + 2 * hidden / shared
+    gathered = (
+        2 * hidden if shared > 1 else 0.0
+    )  # a layer's whole input, and its gradient before each rank has its rows of it
+    return rest + core, rest + min(with_view, core), 3 * ffn / split + 2 * hidden / shared + gathered
 
 
 def _tower(
@@ -191,7 +196,7 @@ def _vision(
         return _Kept(0, 0)
     vision = config.vision
     width, ffn, patches = vision.hidden_size, vision.intermediate_size, work.num_patches
-    tables = 2 * vision.head_dim * 4
+    tables, is_plain = 2 * vision.head_dim * 4, size < 4 and not work.has_fused_kernels
     merged = patches / vision.spatial_merge_size**2
     if "vision_encoder" in frozen:  # nothing is kept, a layer's forward works in it
         kept, working = 0.0, patches * size * (3 * width + 3 * ffn / tp_size)
@@ -203,6 +208,8 @@ def _vision(
             ffn=ffn,
             inputs=_kept_inputs("vision_encoder", frozen, lora),
             low=_low_rank("vision_encoder", lora),
+            norm=_norm("vision_encoder", frozen, lora, is_plain),
+            swiglu=3 if is_plain else 2,
             expanded=False,
             joined=False,
             split=tp_size,
@@ -212,7 +219,7 @@ def _vision(
         kept, working = patches * (per_row * size + tables), patches * transient * size
     if stage.has_projector and not {"vision_encoder", "vision_projector"} <= frozen:
         inputs = _kept_inputs("vision_projector", frozen, lora) & {"linear_fc1", "linear_fc2"}
-        kept += patches * size * width * (2 + len(inputs))
+        kept += patches * size * width * (1 + _norm("vision_projector", frozen, lora, is_plain) + len(inputs))
     if stage.has_projector:
         kept += merged * size * vision.out_hidden_size
     return _Kept(kept, working)
@@ -232,6 +239,8 @@ def _text(
         return _Kept(0, 0)
     text, tokens = config.text, work.num_tokens
     hidden, inputs = text.hidden_size, _kept_inputs("text_decoder", frozen, lora)
+    is_plain = size < 4 and not work.has_fused_kernels
+    norm = _norm("text_decoder", frozen, lora, is_plain)
     layer = _layer(
         hidden=hidden,
         query=text.num_attention_heads * text.head_dim,
@@ -239,7 +248,9 @@ def _text(
         ffn=text.intermediate_size,
         inputs=inputs,
         low=_low_rank("text_decoder", lora),
-        expanded=not work.has_fused_attention and text.num_attention_heads > text.num_key_value_heads,
+        norm=norm,
+        swiglu=3 if is_plain else 2,
+        expanded=not work.has_fused_kernels and text.num_attention_heads > text.num_key_value_heads,
         joined=work.is_mixed,
         split=tp_size,
         shared=tp_size,
@@ -247,7 +258,11 @@ def _text(
     per_row, transient = _tower(len(stage.llm_layers), hidden / tp_size, layer, policy)
     kept = tokens * (per_row * size + 2 * text.head_dim * 4)
     if stage.has_output:
-        kept += tokens * 2 * hidden / tp_size * size
+        kept += tokens * (1 + norm) * hidden / tp_size * size
+        if (
+            tp_size == 1 and not work.has_fused_kernels and stage.llm_layers
+        ):  # the rows that the last layer goes on with
+            kept += (tokens if work.num_targets is None else work.num_targets) * 2 * hidden * size
         if work.num_targets is not None and stage.llm_layers:  # the last layer goes on with target positions only
             spared = (4 + ("linear_fc1" in inputs)) * hidden + (2 + ("linear_fc2" in inputs)) * text.intermediate_size
             is_kept = policy.granularity in ("none", "selective")
@@ -262,15 +277,39 @@ def _kept_inputs(tower: str, frozen: AbstractSet[str], lora: Lora | None) -> Abs
     return frozenset() if tower in frozen else frozenset(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"))
 
 
+def _norm(tower: str, frozen: AbstractSet[str], lora: Lora | None, is_plain: bool) -> float:
+    """Values per value of its input that a norm keeps: the input, or in plain bfloat16 a float32 copy, and the normalised ones for the
+    gradient of its weight."""
+    if not is_plain:
+        return 1.0
+    return 2.0 + (tower not in frozen and lora is None)
+
+
 def _low_rank(tower: str, lora: Lora | None) -> float:
     """Values per row that a layer's adapters keep: A x of each."""
     return 0.0 if lora is None else len(lora.kinds(tower)) * lora.r
 
 
-def _loss(config: Config, stage: Stage, work: Workload, size: int, tp_size: int) -> float:
-    """Working memory of one chunk: logits in float32 with two more of their size, and the gradient of hidden states."""
+def _messages(config: Config, stage: Stage, work: Workload, size: int, tp_size: int) -> float:
+    """What pipeline stages send: at most the next input, a gradient that is ready and one under way; an output and a gradient to come."""
+    in_text, in_vision = (
+        work.num_tokens * config.text.hidden_size / tp_size,
+        work.num_patches * config.vision.hidden_size,
+    )
+    incoming = 0.0 if stage.index == 0 else in_vision if stage.vit_layers else in_text
+    outgoing = 0.0 if stage.has_output else in_text if stage.llm_layers else in_vision
+    return (3 * incoming + 2 * outgoing) * size
+
+
+def _loss(config: Config, stage: Stage, work: Workload, size: int, tp_size: int, *, is_trained: bool) -> float:
+    """Working memory of one chunk: logits in float32 with two more of their size, and the gradient of hidden states; in bfloat16 that of
+    the output matrix, before it is added to the float32 one."""
     if not stage.has_output:
         return 0.0
     targets = work.num_tokens if work.num_targets is None else work.num_targets
     logits = min(targets, CHUNK_TOKENS) * config.text.vocab_size / tp_size
-    return logits * (3 * 4 + (2 * size if size < 4 else 0)) + targets * config.text.hidden_size * size
+    matrix = config.text.vocab_size * config.text.hidden_size / tp_size * size if is_trained and size < 4 else 0
+    gathered = work.num_tokens * config.text.hidden_size * size if tp_size > 1 else 0
+    return (
+        matrix + gathered + logits * (3 * 4 + (2 * size if size < 4 else 0)) + targets * config.text.hidden_size * size
+    )

@@ -199,7 +199,10 @@ class Optimizer:
         return _squared_norm(counted)
 
     def step(self, *, learning_rate: float, num_targets: float, squared_norm: float) -> float:
-        """Divide by the number of targets, clip, update. `squared_norm` is of the undivided sums. Return the norm before clipping."""
+        """Divide by the number of targets (or the sum of their weights), clip, update. Return the norm before clipping.
+
+        `squared_norm` is of the undivided sums.
+        """
         norm = math.sqrt(max(squared_norm, 0.0)) / num_targets
         scale = 1.0 / num_targets
         if self.spec.clip_grad > 0 and norm > self.spec.clip_grad:

@@ -133,6 +133,7 @@ class TestLora:
         assert [(job.state, job.error) for job in jobs] == [("succeeded", None)] * 3
         assert {output.name: output.kind for output in jobs[0].outputs} == {
             "checkpoint": "mm_checkpoint", "adapter": "hf_adapter", f"adapter-{TRAIN_ITERS // 2:07d}": "hf_adapter",
+            "tensorboard": "report",
         }  # fmt: skip
         assert jobs[2].outputs[0].kind == "mm_adapter"
         told = client.artifact(jobs[0].output("checkpoint")).metadata["lora"]

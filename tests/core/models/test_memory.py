@@ -47,6 +47,10 @@ class TestWeights:
 
 
 class TestActivations:
+    def test_plain_torch_keeps_more_in_bfloat16_than_fused_kernels(self) -> None:
+        plain = Workload(num_tokens=4096, num_patches=1024, has_fused_kernels=False)
+        assert activations(plain, precision="bf16") > activations(precision="bf16")
+
     def test_recompute_keeps_less(self) -> None:
         full = activations(text_recompute=FULL, vision_recompute=FULL)
         assert full < activations(text_recompute=FULL) < activations()
