@@ -34,7 +34,7 @@ from core.settings import Settings
 from core.specs import ConversionSpec, DatasetSpec, EvaluationSpec, JobSpec, TrainingSpec, parse_stored_spec
 from core.specs.base import ArtifactRef, JobInputs
 from core.specs.parallel import ParallelSpec, TrainingParallelSpec
-from core.specs.training import RecomputeSpec, RecomputeSpecs
+from core.specs.training import LoraSpec, RecomputeSpec, RecomputeSpecs
 from core.storage.local import Store, resolve_allowed, resolve_inside
 
 GIB = 1 << 30
@@ -382,6 +382,7 @@ class Planner:
             plan.suggestions = suggestions(
                 spec, config, plan.device_memory_bytes, hosts=[len(node.devices) for node in nodes], fused=fused
             )
+            plan.suggestions += lora_suggestion(spec, config, plan.device_memory_bytes, fused=fused)
             worst = max(plan.memory_per_rank, key=lambda rank: rank.total_bytes)
             plan.risks.append(
                 f"pipeline rank {worst.pipeline_rank} needs about {worst.total_bytes / GIB:.1f} GiB, a device has "
@@ -524,6 +525,15 @@ def suggestions(
         if len(found) == 3:
             break
     return found
+
+
+def lora_suggestion(spec: TrainingSpec, config: Config, device_bytes: int, *, fused: bool = True) -> list[str]:
+    """Adapters in place of whole weights, if every rank then fits as the spec is."""
+    if spec.lora is not None or spec.resume_from is not None:
+        return []
+    lora = LoraSpec(target_modules=("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"))
+    ranks = memory_per_rank(spec.model_copy(update={"lora": lora}), config, device_bytes, fused=fused)
+    return ["lora on all linear layers, which trains adapters alone"] if all(rank.fits for rank in ranks) else []
 
 
 def _rank_memory(

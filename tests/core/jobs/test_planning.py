@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from core.jobs.planning import memory_per_rank, suggestions
-from core.specs.training import TrainingSpec
+from core.jobs.planning import GIB, lora_suggestion, memory_per_rank, suggestions
+from core.models.qwen2_5_vl.family import SIZES
+from core.specs.training import LoraSpec, TrainingSpec
 from tests.core.training.tiny import tiny_config, training_spec
 
 CONFIG = tiny_config()
@@ -50,3 +51,14 @@ class TestMemory:
 
     def test_nothing_is_suggested_where_nothing_helps(self) -> None:
         assert suggestions(spec_of(), CONFIG, 1) == []
+
+    def test_adapters_need_little_beside_the_weights_and_are_suggested_where_whole_weights_do_not_fit(self) -> None:
+        config, parallel = SIZES["7B"], {"llm_pp_layers": [[28]], "vit_pp_layers": [[32]]}
+        whole = spec_of(parallel=parallel, freeze={}, precision="bf16")
+        lora = whole.model_copy(update={"lora": LoraSpec(r=2)})
+        (full,), (adapted,) = (memory_per_rank(spec, config, 64 * GIB) for spec in (whole, lora))
+        assert (full.fits, adapted.fits) == (False, True)
+        assert adapted.trained_parameters == 28 * 2 * (3584 + 4608 + 3584 + 3584)  # of linear_qkv and linear_proj
+        assert adapted.gradients_bytes == 4 * adapted.trained_parameters
+        assert lora_suggestion(whole, config, 64 * GIB) == ["lora on all linear layers, which trains adapters alone"]
+        assert lora_suggestion(whole, config, GIB) == lora_suggestion(lora, config, 64 * GIB) == []

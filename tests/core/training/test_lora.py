@@ -93,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tuned(folder: Path) -> list[dict[str, Tuned]]:
     """Of each rank, by layout: one group of processes for all of them."""
-    return run(tune_all, 4, folder)
+    return run(tune_all, 4, folder, timeout_s=240)  # five layouts, each with groups of its own
 
 
 class TestLayouts:
