@@ -23,6 +23,7 @@ import json
 import logging
 import platform
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -105,7 +106,6 @@ class Contents:
     """What one rank has to save."""
 
     weights: Mapping[str, Tensor]
-    """Of all data-parallel ranks the first writes them."""
     optimizer: OptimizerState | None = None
     rng: Mapping[str, Tensor] | None = None
 
@@ -142,13 +142,21 @@ class Checkpoints:
         self.keep_last = keep_last
         self._writing: Writing | None = None
         self._copy: Contents | None = None
-        """Host memory for all saves in the background, from the first on."""
+        """Host memory for all saves in the background."""
+        self._reserving: threading.Thread | None = None
         self._temporary = folder
 
     @property
     def has_failed(self) -> bool:
         """Whether this rank's part of the last checkpoint could not be written; `wait` on all ranks then raises the error."""
         return self._writing is not None and self._writing.error is not None
+
+    def reserve(self, contents: Contents) -> None:
+        """Begin to take the memory for copies, in a thread: touching new memory takes longer than training should wait in a save."""
+        contents = self._own(contents)
+        if has_room_for(_on_this_host(Together(self.mesh).gather((platform.node(), contents.size_bytes)))):
+            self._reserving = threading.Thread(target=self._take_memory, args=(contents,), name="reserve", daemon=True)
+            self._reserving.start()
 
     def save(self, facts: Facts, contents: Contents, *, in_background: bool = True) -> None:
         """Begin to write a checkpoint, after the one before is complete: when this returns, training may go on.
@@ -160,14 +168,14 @@ class Checkpoints:
         began = time.perf_counter()
         final = self.folder / f"iter_{facts.position.iteration:07d}"
         self._temporary = self.folder / f".{final.name}.tmp"
-        if self.mesh.dp_rank != 0:
-            contents = replace(contents, weights={})
+        contents = self._own(contents)
         with Together(self.mesh) as step:
             told = step.gather((platform.node(), contents.size_bytes))
             if self.mesh.rank == 0:
                 self._make_room(sum(size for _, size in told))
         with Together(self.mesh):
-            needed = sum(size for host, size in told if host == platform.node())
+            self._end_reserving()
+            needed = _on_this_host(told)
             is_copied = in_background and (self._copy is not None or has_room_for(needed))
             if is_copied:
                 contents = self._copy = contents.copied(self._copy)
@@ -205,6 +213,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Let what is being written come to its end if it can, whatever the other ranks do. For the way out of an error."""
+        self._end_reserving()
         if self._writing is not None:
             self._writing.join(PATIENCE_S)
             self._writing = None
@@ -234,6 +243,18 @@ class Checkpoints:
     def load_rng(self, path: Path) -> dict[str, Tensor]:
         """Read this rank's random state."""
         return load_file(path / self.rank_folder / self._name_of("rng"))
+
+    def _own(self, contents: Contents) -> Contents:
+        """Return what this rank writes: of all data-parallel ranks the first writes the weights."""
+        return contents if self.mesh.dp_rank == 0 else replace(contents, weights={})
+
+    def _take_memory(self, contents: Contents) -> None:
+        self._copy = contents.copied(None)
+
+    def _end_reserving(self) -> None:
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
 
     def _name_of(self, content: str) -> str:
         return f"temper_{content}_{self.mesh.dp_rank:03d}.pt"
@@ -326,6 +347,11 @@ def write_tracker(folder: Path, iteration: int) -> None:
     fsync(temporary)
     temporary.rename(folder / TRACKER)
     fsync(folder)
+
+
+def _on_this_host(told: list[tuple[str, int]]) -> int:
+    """Sum the bytes of the ranks on this host, of (host, bytes) of all ranks."""
+    return sum(size for host, size in told if host == platform.node())
 
 
 def _copied(tensors: Mapping[Name, Tensor], into: Mapping[Name, Tensor]) -> dict[Name, Tensor]:

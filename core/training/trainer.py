@@ -123,6 +123,8 @@ class Trainer:
         """Train from `facts.position` to `train_iters`, or until asked to stop; the end is saved either way."""
         spec, schedule = self.spec, build_schedule(self.spec.optimizer, self.spec.train_iters)
         self.reporter.progress(self.facts.position.iteration, spec.train_iters, "iteration")
+        if (spec.checkpoint.save_interval or spec.train_iters) < spec.train_iters:
+            self.checkpoints.reserve(self._contents())
         loaded = iter(steps)
         first: FirstStep | None = None
         is_checked = False
@@ -214,17 +216,20 @@ class Trainer:
             return
         self._at("save")
         began = time.perf_counter()
-        wanted = self.spec.checkpoint
-        contents = Contents(
-            adapter_weights(self.model) if self.spec.lora else self.model.state_dict(),
-            self.optimizer.state_dict() if wanted.save_optim else None,
-            {"host": torch.get_rng_state(), "device": self.accelerator.rng_state()} if wanted.save_rng else None,
-        )
-        self.checkpoints.save(self.facts, contents, in_background=in_background)
+        self.checkpoints.save(self.facts, self._contents(), in_background=in_background)
         self.saved_at = iteration
         seconds = time.perf_counter() - began
         self.meters.paused(seconds)
         self.reporter.log.info("checkpoint of iteration %d: training waited %.2f s", iteration, seconds)
+
+    def _contents(self) -> Contents:
+        """Return what a checkpoint holds of this rank, as views of the present state."""
+        wanted = self.spec.checkpoint
+        return Contents(
+            adapter_weights(self.model) if self.spec.lora else self.model.state_dict(),
+            self.optimizer.state_dict() if wanted.save_optim else None,
+            {"host": torch.get_rng_state(), "device": self.accelerator.rng_state()} if wanted.save_rng else None,
+        )
 
     def _at(self, phase: str, rows: Sequence[int] = ()) -> None:
         """Tell the stall guard what comes now."""

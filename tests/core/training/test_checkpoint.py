@@ -149,6 +149,17 @@ class TestBackground:
         tensors = (state.pieces["a.weight"].tensors["exp_avg"] for state in (first.optimizer, second.optimizer))
         assert next(tensors) is next(tensors)
 
+    def test_the_memory_for_copies_can_be_taken_before(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        checkpoints = store(tmp_path)
+        checkpoints.reserve(ALL)
+        monkeypatch.setattr(checkpoint, "has_room_for", lambda _: False)
+        checkpoints.save(FACTS, ALL)
+        checkpoints.wait()
+        assert checkpoints._copy is not None
+        path = checkpoints.newest()
+        assert path is not None
+        assert torch.equal(dict(checkpoints.load_weights(path))["b.weight"], torch.ones(4))
+
     def test_the_last_one_is_written_without_a_copy(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Contents, "copied", None)
         checkpoints = store(tmp_path)
