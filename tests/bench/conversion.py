@@ -154,7 +154,7 @@ class Bench:
         for _ in range(self.repeat):
             if made is not None:
                 self.store.delete(made.id)
-            attempt = self._attempt(spec, inputs)
+            attempt = self.attempt(spec, inputs)
             os.sync()
             begun = time.time()
             used = _run([sys.executable, "-m", "core.runners", str(attempt)])
@@ -166,7 +166,8 @@ class Bench:
         assert made is not None
         return Row(name, made.size_bytes, runs), made
 
-    def _attempt(self, spec: dict[str, Any], inputs: dict[str, tuple[Path, str, dict[str, Any]]]) -> Path:
+    def attempt(self, spec: dict[str, Any], inputs: dict[str, tuple[Path, str, dict[str, Any]]]) -> Path:
+        """The folder of a new job."""
         self.jobs += 1
         job_id = f"job_{self.jobs:026d}"
         attempt = self.store.attempt_dir(job_id, 1)
