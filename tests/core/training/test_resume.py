@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from core.conversion.pt import write_pt
+from core.device.cpu import CpuAccelerator
 from core.errors import CorruptCheckpoint, IncompatiblePlan, UnknownWeights
 from core.models.layout import hf_shapes, stage_layout
 from core.models.mapping import width
@@ -23,7 +24,7 @@ from core.specs.parallel import ParallelSpec
 from core.specs.training import TrainingSpec
 from core.training.checkpoint import Facts, _tree
 from core.training.optimizer import OptimizerState, Piece
-from core.training.resume import load_weights
+from core.training.resume import Origin, load_weights
 from core.training.saved_optimizer import RankState, RecutState
 from tests.core.training.tiny import Case, Notes, Rank, Trained, make_trainer, steps, tiny_config, train, training_spec
 from tests.distributed import run
@@ -168,6 +169,18 @@ class TestOptions:
             assert [code for code, _ in notes.warnings] == codes
             assert trainer.facts.position.iteration == 2
             assert trainer.optimizer.num_steps == num_steps
+
+    def test_random_state_goes_on_where_the_ranks_are_the_same(self, tmp_path: Path) -> None:
+        spec = training_spec(train_iters=2)
+        train(0, Case(), spec, tmp_path, stop_after=1)
+        trainer = make_trainer(Rank(Case()), spec, tmp_path, Notes())
+        origin = Origin.find(trainer.checkpoints, None)
+        assert origin is not None
+        assert origin.loads_rng(spec, trainer.facts)
+        assert not origin.loads_rng(spec, replace(trainer.facts, dp_size=2))
+        torch.manual_seed(99)
+        origin.load_rng(CpuAccelerator())
+        assert torch.equal(torch.get_rng_state(), trainer.checkpoints.load_rng(origin.path)["host"])
 
     def test_what_was_not_trained_has_no_state_to_go_on_with(self, tmp_path: Path) -> None:
         frozen = replace(Case(), frozen=training_spec(freeze={"vision_encoder": True}).freeze)
