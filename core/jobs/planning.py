@@ -19,27 +19,30 @@ from sqlalchemy.orm import Session
 from core.db.models import Artifact, Job, Node
 from core.errors import AppError, Conflict, IncompatiblePlan, InvalidDataset, InvalidSpec, NotFound, UnsupportedOption
 from core.jobs import repository
+from core.jobs.fitting import (
+    ASSUMED_DEVICE_BYTES,
+    GIB,
+    RankMemory,
+    check_recompute,
+    lora_of,
+    lora_suggestion,
+    memory_per_rank,
+    suggestions,
+)
 from core.jobs.inspection import inspect_folder
 from core.jobs.lifecycle import JobState
 from core.jobs.principal import Principal
 from core.jobs.resuming import check_resume, checkpoint_metadata
 from core.models.config import Config
 from core.models.layout import check_canonical
-from core.models.lora import Lora, adapted_layers
-from core.models.memory import LayerRecompute, Workload, activation_bytes, in_flight, training_memory
-from core.models.plan import Stage, stages
+from core.models.plan import stages
 from core.models.registry import detect, get_family
 from core.scheduler.placement import Need, offers_devices
 from core.settings import Settings
 from core.specs import ConversionSpec, DatasetSpec, EvaluationSpec, JobSpec, TrainingSpec, parse_stored_spec
 from core.specs.base import ArtifactRef, JobInputs
-from core.specs.parallel import ParallelSpec, TrainingParallelSpec
-from core.specs.training import LoraSpec, RecomputeSpec, RecomputeSpecs
+from core.specs.parallel import ParallelSpec
 from core.storage.local import Store, resolve_allowed, resolve_inside
-
-GIB = 1 << 30
-ASSUMED_DEVICE_BYTES = 64 * GIB
-"""Of a device that does not tell its memory: an Ascend 910B."""
 
 MODEL_KINDS = ("hf_model", "mm_checkpoint")
 ADAPTER_KINDS = ("hf_adapter", "mm_adapter")
@@ -70,20 +73,6 @@ class Resources(BaseModel):
 
     nodes: int = Field(description="Hosts.")
     devices_per_node: int = Field(description="Devices on each host; 0 = runs beside the devices.")
-
-
-class RankMemory(BaseModel):
-    """Peak bytes of a rank by what they are for."""
-
-    pipeline_rank: int
-    parameters: int
-    trained_parameters: int
-    weights_bytes: int
-    gradients_bytes: int
-    optimizer_bytes: int = Field(description="The share of one data-parallel rank.")
-    activations_bytes: int = Field(description="Of the largest micro-batch, with those the pipeline has in flight.")
-    total_bytes: int
-    fits: bool = Field(description="Whether a device has room for it.")
 
 
 class PlannedInput(BaseModel):
@@ -362,6 +351,7 @@ class Planner:
             return
         _require_model("spec.model", config)
         stages(config, spec.parallel)
+        check_recompute(spec, config)
         lora = lora_of(spec, config)
         self._memory(spec, config, plan)
         if model.size_bytes is not None:
@@ -441,162 +431,11 @@ def of_artifact(artifact: Artifact) -> Subject:
     return Subject(artifact.kind, artifact.meta, artifact.size_bytes, artifact=artifact)
 
 
-def lora_of(spec: TrainingSpec, config: Config) -> Lora | None:
-    """The adapters that a spec asks for. Raises InvalidSpec where `target_modules` and `freeze` do not fit the model."""
-    if spec.lora is None:
-        return None
-    return Lora(tuple(adapted_layers(config, spec.lora.target_modules, _frozen(spec))), spec.lora.r)
-
-
-def memory_per_rank(spec: TrainingSpec, config: Config, device_bytes: int, *, fused: bool = True) -> list[RankMemory]:
-    """Predict the peak of each pipeline rank; every token of the largest micro-batch may be an image's."""
-    parallel = spec.parallel
-    split = stages(config, parallel)
-    return [
-        _rank_memory(spec, config, rank, split[rank :: parallel.pp_size], device_bytes, fused)
-        for rank in range(parallel.pp_size)
-    ]
-
-
-def suggestions(
-    spec: TrainingSpec, config: Config, device_bytes: int, *, hosts: Sequence[int] = (), fused: bool = True
-) -> list[str]:
-    """Changes of recompute, dp, pp and tp, the cheapest first, with which every rank fits; at most three.
-
-    `hosts`: the devices of each host; what they cannot run is not suggested. Empty = not known, any number of hosts with 8.
-    """
-    found: list[str] = []
-    full = RecomputeSpec(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    both = RecomputeSpecs(vision_encoder=full, text_decoder=full)
-    depth, vit_depth = config.text.num_hidden_layers, config.vision.depth
-    present = spec.parallel
-    layouts: list[tuple[str, dict[str, Any], int]] = [  # what to say, what to change, and processes at least
-        ("", {}, 1),
-        *(  # the optimizer's state is shared by more
-            (f"data-parallel size {factor * present.dp_size}", {}, factor * present.world_size) for factor in (2, 4, 8)
-        ),
-    ]
-    for tp, pp in (
-        (1, 2),
-        (2, 1),
-        (1, 4),
-        (2, 2),
-        (4, 1),
-        (1, 8),
-        (2, 4),
-        (4, 2),
-        (8, 1),
-        (4, 4),
-        (8, 2),
-        (8, 4),
-        (8, 8),
-    ):
-        if pp > depth or (tp * pp) <= present.tp_size * present.pp_size:
-            continue
-        llm = [depth // pp + (1 if rank >= pp - depth % pp else 0) for rank in range(pp)]
-        vit = [vit_depth, *[0] * (pp - 1)]
-        layouts.append((f"tp_size {tp}, llm_pp_layers {[llm]}, vit_pp_layers {[vit]}",
-                        {"tp_size": tp, "llm_pp_layers": [llm], "vit_pp_layers": [vit]}, tp * pp))  # fmt: skip
-    for told, change, processes in layouts:
-        if not change and any("data-parallel" in text for text in found):
-            continue
-        for name, recompute in (("", spec.recompute), ("full recompute of both towers", both)):
-            if (not told and not name) or name in found:  # the present spec; what is enough without more devices
-                continue
-            parallel = {**present.model_dump(), **change}
-            per_host = max(present.nproc_per_node, min(processes, max(hosts, default=8)))
-            wanted = {"nnodes": max(present.nnodes, -(-processes // per_host)), "nproc_per_node": per_host}
-            if hosts and sum(devices >= per_host for devices in hosts) < wanted["nnodes"]:
-                continue
-            parallel |= wanted
-            added = "".join(f"{key} {value}, " for key, value in wanted.items() if value != getattr(present, key))
-            try:
-                changed = spec.model_copy(
-                    update={"parallel": TrainingParallelSpec.model_validate(parallel), "recompute": recompute}
-                )
-                ranks = memory_per_rank(changed, config, device_bytes, fused=fused)
-            except (AppError, ValueError):
-                continue  # this model or these hosts do not divide so
-            if spec.global_batch_size % changed.parallel.dp_size:
-                continue
-            if all(rank.fits for rank in ranks):
-                found.append(" with ".join(part for part in (added + told, name) if part))
-                break
-        if len(found) == 3:
-            break
-    return found
-
-
-def lora_suggestion(spec: TrainingSpec, config: Config, device_bytes: int, *, fused: bool = True) -> list[str]:
-    """Adapters in place of whole weights, if every rank then fits as the spec is."""
-    if spec.lora is not None or spec.resume_from is not None:
-        return []
-    lora = LoraSpec(target_modules=("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"))
-    ranks = memory_per_rank(spec.model_copy(update={"lora": lora}), config, device_bytes, fused=fused)
-    return ["lora on all linear layers, which trains adapters alone"] if all(rank.fits for rank in ranks) else []
-
-
-def _rank_memory(
-    spec: TrainingSpec, config: Config, pp_rank: int, held: Sequence[Stage], device_bytes: int, fused: bool
-) -> RankMemory:
-    frozen, lora = _frozen(spec), lora_of(spec, config)
-    parallel, tokens = spec.parallel, spec.micro_batch_size * spec.seq_length
-    estimates = [
-        training_memory(
-            config,
-            stage,
-            frozen=frozen,
-            precision=spec.precision,
-            tp_size=parallel.tp_size,
-            dp_size=parallel.dp_size,
-            lora=lora,
-        )
-        for stage in held
-    ]
-    work = Workload(
-        tokens,
-        tokens * config.vision.spatial_merge_size**2,
-        num_in_flight=in_flight(pp_rank, parallel.pp_size, len(held)),
-        has_fused_kernels=fused,
-    )
-    activations = sum(
-        activation_bytes(
-            config,
-            stage,
-            work,
-            frozen=frozen,
-            precision=spec.precision,
-            vision_recompute=_layer_recompute(spec.recompute.vision_encoder),
-            text_recompute=_layer_recompute(spec.recompute.text_decoder),
-            tp_size=parallel.tp_size,
-            lora=lora,
-        )
-        for stage in held
-    )
-    sums = {name: sum(estimate[name] for estimate in estimates) for name in estimates[0]}
-    total = activations + sum(value for name, value in sums.items() if name.endswith("_bytes"))
-    return RankMemory(
-        pipeline_rank=pp_rank, **sums, activations_bytes=activations, total_bytes=total, fits=total <= device_bytes
-    )
-
-
-def _frozen(spec: TrainingSpec) -> frozenset[str]:
-    return frozenset(tower for tower, is_frozen in spec.freeze if is_frozen)
-
-
 def _is_side_output(job: Job, name: str) -> bool:
     """Whether a job may come to have this output beside its main one."""
     if job.kind != "training":
         return False
     return re.fullmatch(r"adapter(-\d{7})?" if job.spec.get("lora") else r"checkpoint-\d{7}", name) is not None
-
-
-def _layer_recompute(spec: RecomputeSpec | None) -> LayerRecompute:
-    if spec is None:
-        return LayerRecompute()
-    return LayerRecompute(
-        spec.recompute_granularity, spec.recompute_method or "uniform", spec.recompute_num_layers or 1
-    )
 
 
 def _check_adapter_fields(spec: ConversionSpec, kind: str) -> None:

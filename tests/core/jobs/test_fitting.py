@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from core.jobs.planning import GIB, lora_suggestion, memory_per_rank, suggestions
+import pytest
+
+from core.errors import InvalidSpec
+from core.jobs.fitting import GIB, check_recompute, lora_suggestion, memory_per_rank, suggestions
 from core.models.qwen2_5_vl.family import SIZES
 from core.specs.training import LoraSpec, TrainingSpec
 from tests.core.training.tiny import tiny_config, training_spec
@@ -12,6 +15,17 @@ CONFIG = tiny_config()
 
 def spec_of(**changes: object) -> TrainingSpec:
     return training_spec(seq_length=1024, **changes)
+
+
+class TestRecompute:
+    def test_more_layers_than_there_are_are_refused(self) -> None:
+        def spec_with(count: int) -> TrainingSpec:
+            policy = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": count}
+            return spec_of(recompute={"text_decoder": policy})
+
+        check_recompute(spec_with(CONFIG.text.num_hidden_layers), CONFIG)
+        with pytest.raises(InvalidSpec, match=r"text_decoder\.recompute_num_layers is 99"):
+            check_recompute(spec_with(99), CONFIG)
 
 
 class TestMemory:
