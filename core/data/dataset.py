@@ -36,7 +36,7 @@ import numpy.typing as npt
 from core.data.media import Grid, ImageProcessing, Medium
 from core.data.video import VideoProcessing
 from core.errors import InvalidDataset
-from core.models.qwen2_5_vl.family import Config
+from core.models.config import Config
 
 VERSION = 2
 NO_TARGET = -100

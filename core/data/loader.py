@@ -25,9 +25,9 @@ from core.data.plan import StepPlan
 from core.data.video import VideoProcessing, load_medium
 from core.errors import InvalidDataset
 from core.models.batch import PackedBatch
+from core.models.config import Config
 from core.models.flops import Work, work_of
 from core.models.positions import mrope_positions
-from core.models.qwen2_5_vl.family import Config
 
 LossReduction = Literal["token", "sample", "square"]
 TARGET_WEIGHT: dict[LossReduction, Callable[[int], float]] = {

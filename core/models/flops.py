@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from core.models.config import Config, VisionConfig
 from core.models.lora import Lora
-from core.models.qwen2_5_vl.family import Config, VisionConfig
 
 Grid = tuple[int, int, int]
 Unit = Literal["tokens", "targets", "token_pairs", "patches", "window_pairs", "frame_pairs"]

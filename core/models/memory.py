@@ -12,10 +12,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal
 
+from core.models.config import Config
 from core.models.lora import Lora
 from core.models.mapping import Rename
 from core.models.plan import Stage
-from core.models.qwen2_5_vl.family import MAPPING, PLAN, Config
+from core.models.qwen2_5_vl.family import MAPPING, PLAN
 
 CHUNK_TOKENS = 1024
 """Positions per chunk of the loss (`training/loss.py`)."""

@@ -28,12 +28,12 @@ from core.data.dataset import TokenisedDataset
 from core.device import Accelerator, get_accelerator
 from core.errors import AppError, IncompatiblePlan, InvalidModel
 from core.jobs.resuming import checkpoint_metadata
+from core.models.config import Config
 from core.models.flops import model_flops, peak_flops
 from core.models.hf_folder import read_config
 from core.models.layers.recompute import Recompute, RecomputePolicy
 from core.models.lora import Lora
 from core.models.plan import Stage, stages
-from core.models.qwen2_5_vl.family import Config
 from core.models.registry import Family, detect
 from core.parallel.mesh import Mesh, build_mesh
 from core.runners.context import InputArtifact, RunContext, Stopped

@@ -11,8 +11,8 @@ from core.data.plan import StepPlan, plan_step
 from core.device import Accelerator
 from core.errors import InvalidDataset, InvalidSpec
 from core.models.batch import PackedBatch
+from core.models.config import Config
 from core.models.plan import Stage
-from core.models.qwen2_5_vl.family import Config
 from core.parallel.mesh import Mesh
 from core.specs.training import TrainingSpec
 from core.training.checkpoint import Position

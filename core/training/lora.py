@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from core.models.adapter import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX, new_adapter_config
 from core.models.batch import PackedBatch
+from core.models.config import Config
 from core.models.layers.lora import attach, is_adapter, merge
 from core.models.lora import Layer, adapted_layers, adapter_names, peft_modules, with_adapters
 from core.models.mapping import Shape, at_layer, new_name
 from core.models.mm_folder import RANK_FILE, rank_dir
 from core.models.plan import Plan, ShardRule, Stage, stages, whole
-from core.models.qwen2_5_vl.family import Config
 from core.parallel.collectives import gather_rows
 from core.parallel.mesh import Mesh
 from core.parallel.pipeline import Pipeline

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from core.conversion.load import load_stage
 from core.device.base import Accelerator
 from core.errors import CorruptCheckpoint, IncompatiblePlan, InvalidSpec, UnknownWeights
+from core.models.config import Config
 from core.models.plan import Stage
-from core.models.qwen2_5_vl.family import Config
 from core.parallel.mesh import Mesh
 from core.specs.parallel import ParallelSpec
 from core.specs.training import TrainingSpec

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from core.conversion.mm import rank_dir
 from core.errors import CorruptCheckpoint
+from core.models.config import Config
 from core.models.layout import Block, TensorLayout, stage_layout
 from core.models.mapping import width
 from core.models.plan import Stage, stages
-from core.models.qwen2_5_vl.family import Config
 from core.parallel.mesh import Mesh
 from core.specs.parallel import ParallelSpec
 from core.training.checkpoint import OPTIMIZER_FILES, load_optimizer

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from core.device.base import Accelerator
 from core.models.batch import PackedBatch
+from core.models.config import Config
 from core.models.plan import Plan, Stage
-from core.models.qwen2_5_vl.family import Config
 from core.models.qwen2_5_vl.model import outgoing_shape
 from core.parallel.collectives import gather_rows, reduce_scatter_rows
 from core.parallel.mesh import Mesh

@@ -84,8 +84,8 @@ def bare(folder: Path, options: Options, turns: Turns) -> None:
     from core.data.loader import build_batch
     from core.data.plan import plan_step
     from core.device import get_accelerator
+    from core.models.config import Config
     from core.models.plan import stages
-    from core.models.qwen2_5_vl.family import Config
     from core.models.registry import detect
     from core.parallel.mesh import build_mesh
     from core.training.freeze import freeze
@@ -134,7 +134,7 @@ def bare(folder: Path, options: Options, turns: Turns) -> None:
 
 def training_spec(folder: Path, options: Options) -> Any:
     """The options as a training job's spec."""
-    from core.models.qwen2_5_vl.family import Config
+    from core.models.config import Config
     from core.specs.training import TrainingSpec
     from tests.bench.samples import SEED
 

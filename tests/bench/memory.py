@@ -19,11 +19,12 @@ import torch.distributed as dist
 
 from core.device.cpu import CpuAccelerator
 from core.models.batch import PackedBatch
+from core.models.config import Config
 from core.models.layers.recompute import Recompute, RecomputePolicy
 from core.models.lora import Layer, adapted_layers
 from core.models.plan import stages
 from core.models.positions import mrope_positions
-from core.models.qwen2_5_vl.family import PLAN, Config
+from core.models.qwen2_5_vl.family import PLAN
 from core.models.qwen2_5_vl.model import Qwen2_5_VLStage
 from core.parallel.mesh import Mesh, build_mesh
 from core.specs.parallel import ParallelSpec

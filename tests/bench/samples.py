@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 from core.data.dataset import TokenWriter
 from core.data.media import ImageProcessing, Medium
 from core.data.plan import row_at
+from core.models.config import Config
 from core.models.hf_folder import read_config
-from core.models.qwen2_5_vl.family import Config
 from tests.tiny import CORPUS, TinyShape, tiny_model
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

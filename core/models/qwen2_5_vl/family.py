@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from core.models.config import Config as Config
-from core.models.config import Fields, parse
-from core.models.config import TextConfig as TextConfig
-from core.models.config import VisionConfig as VisionConfig
+from core.models.config import Config, Fields, TextConfig, VisionConfig, parse
 from core.models.mapping import FuseGateUp, FuseQKV, InterleaveQKV, Place, Rename, Rule
 from core.models.plan import Column, GateUp, Plan, Replicate
 from core.models.qwen import SHARED_MAPPING, SHARED_PLAN, VIT, VIT_MM, gate_up, published, vit

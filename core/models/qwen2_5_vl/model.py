@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from core.device.base import Accelerator
 from core.models.batch import PackedBatch
+from core.models.config import Config, TextConfig, VisionConfig
 from core.models.layers.blocks import AttentionContext, RMSNorm, TransformerLayer
 from core.models.layers.cache import KVCache
 from core.models.layers.linear import linear
@@ -25,7 +26,6 @@ from core.models.layers.recompute import Recompute, RecomputePolicy, run_layers
 from core.models.layers.rope import mrope_tables, vision_tables
 from core.models.layers.vision import PatchEmbed, PatchMerger, patch_layout
 from core.models.plan import Stage
-from core.models.qwen2_5_vl.family import Config, TextConfig, VisionConfig
 
 VISION_EPS = 1e-6
 """The vision encoder's RMSNorm epsilon: a constant of the family, not in its config."""

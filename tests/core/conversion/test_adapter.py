@@ -16,9 +16,9 @@ from core.conversion.output import Options
 from core.conversion.pt import from_torch, write_pt
 from core.errors import IncompatiblePlan, InvalidModel, UnknownWeights
 from core.models.adapter import ADAPTER_CONFIG, ADAPTER_FILE, inspect_adapter_folder
+from core.models.config import Config
 from core.models.hf_folder import HFFolder, read_header
 from core.models.mm_folder import inspect_mm_folder
-from core.models.qwen2_5_vl.family import Config
 from tests.core.conversion.conftest import ONE, SHAPE, TWO_BY_TWO, VIRTUAL, folder_bytes, load, split
 from tests.tiny import write_safetensors
 

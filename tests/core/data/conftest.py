@@ -11,7 +11,7 @@ from PIL import Image
 
 from core.data.dataset import TokenWriter
 from core.data.media import ImageProcessing, Medium
-from core.models.qwen2_5_vl.family import Config
+from core.models.config import Config
 from tests.tiny import tiny_model
 
 IMAGE_SIZES = ((60, 40), (100, 30), (28, 28))

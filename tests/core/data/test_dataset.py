@@ -12,7 +12,7 @@ import pytest
 
 from core.data.dataset import NO_TARGET, TokenisedDataset
 from core.errors import InvalidDataset
-from core.models.qwen2_5_vl.family import Config
+from core.models.config import Config
 
 
 class TestTokenisedDataset:

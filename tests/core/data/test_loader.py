@@ -16,8 +16,8 @@ from core.data.media import ImageProcessing, Medium, UnreadableMedia
 from core.data.plan import StepPlan, plan_step
 from core.errors import InvalidDataset
 from core.models.batch import PackedBatch
+from core.models.config import Config
 from core.models.positions import mrope_positions
-from core.models.qwen2_5_vl.family import Config
 
 torch.set_num_threads(1)
 PROCESSING = ImageProcessing()

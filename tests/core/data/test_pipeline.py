@@ -23,7 +23,7 @@ from core.data.prepare import Options, Refused, prepare_all
 from core.data.template import ChatTemplate
 from core.data.video import VideoProcessing
 from core.errors import InvalidDataset, InvalidModel
-from core.models.qwen2_5_vl.family import Config
+from core.models.config import Config
 from tests.core.data.conftest import IMAGE_SIZES
 from tests.videos import pictures, write_animation, write_video
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core.inference.generate import Decoding, Prompt, generate, plan_batches, sample_top_p
-from core.models.qwen2_5_vl.family import Config
+from core.models.config import Config
 from tests.core.models.qwen2_5_vl.reference import (
     Sample,
     hf_inputs,

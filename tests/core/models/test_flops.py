@@ -10,11 +10,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
+from core.models.config import Config
 from core.models.flops import ModelFlops, Work, model_flops, peak_flops, work_of
 from core.models.layers.lora import attach
 from core.models.lora import Lora, adapted_layers
 from core.models.plan import whole
-from core.models.qwen2_5_vl.family import Config
 from core.specs.training import FreezeSpec
 from core.training.freeze import freeze
 from core.training.loss import loss_and_gradient, target_positions

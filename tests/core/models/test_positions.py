@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from core.errors import InvalidDataset
+from core.models.config import Config
 from core.models.positions import mrope_positions
-from core.models.qwen2_5_vl.family import Config
 from tests.core.models.qwen2_5_vl.reference import IMAGE, hf_inputs, hf_model, make_sample, tiny_config
 
 

@@ -30,9 +30,9 @@ from core.errors import (
     InvalidSpec,
 )
 from core.models.batch import PackedBatch
+from core.models.config import Config
 from core.models.hf_folder import inspect_hf_folder
 from core.models.mm_folder import inspect_mm_folder
-from core.models.qwen2_5_vl.family import Config
 from core.runners import training
 from core.runners.context import InputArtifact, RunContext, Stopped
 from core.specs.parallel import ParallelSpec

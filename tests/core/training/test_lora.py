@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from core.conversion.mm import rank_dir, write_rank_file
+from core.models.config import Config
 from core.models.layers.linear import Linear
 from core.models.layers.lora import attach, is_adapter
 from core.models.layers.recompute import Recompute, RecomputePolicy
 from core.models.lora import Layer, Lora, adapted_layers
 from core.models.mapping import Place
 from core.models.plan import Row, whole
-from core.models.qwen2_5_vl.family import PLAN, Config
+from core.models.qwen2_5_vl.family import PLAN
 from core.parallel.mesh import Mesh
 from core.specs.parallel import ParallelSpec
 from core.specs.training import FreezeSpec

@@ -15,10 +15,10 @@ from torch import Tensor
 from core.conversion.pt import write_pt
 from core.device.cpu import CpuAccelerator
 from core.errors import CorruptCheckpoint, IncompatiblePlan, UnknownWeights
+from core.models.config import Config
 from core.models.layout import hf_shapes, stage_layout
 from core.models.mapping import width
 from core.models.plan import stages
-from core.models.qwen2_5_vl.family import Config
 from core.parallel.mesh import Mesh
 from core.specs.parallel import ParallelSpec
 from core.specs.training import TrainingSpec

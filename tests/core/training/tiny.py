@@ -19,12 +19,13 @@ from core.data.loader import TARGET_WEIGHT, LoadedStep, LossReduction, total_wei
 from core.data.plan import plan_step
 from core.device.cpu import CpuAccelerator
 from core.models.batch import PackedBatch
+from core.models.config import Config, TextConfig, VisionConfig
 from core.models.flops import model_flops, work_of
 from core.models.layers.recompute import Recompute
 from core.models.lora import adapted_layers
 from core.models.plan import Stage, stages, whole
 from core.models.positions import mrope_positions
-from core.models.qwen2_5_vl.family import PLAN, Config, TextConfig, VisionConfig
+from core.models.qwen2_5_vl.family import PLAN
 from core.models.qwen2_5_vl.model import Qwen2_5_VLStage
 from core.parallel.data import all_reduce_rows
 from core.parallel.mesh import Mesh, build_mesh

@@ -13,12 +13,12 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from core.device.cpu import CpuAccelerator
 from core.models import plan
 from core.models.batch import PackedBatch
+from core.models.config import Config
 from core.models.layers.recompute import Recompute
 from core.models.mapping import Rename, Rows, at_layer, old_name
 from core.models.plan import Stage
 from core.models.positions import mrope_positions
 from core.models.qwen2_5_vl import family
-from core.models.qwen2_5_vl.family import Config
 from core.models.qwen2_5_vl.model import Qwen2_5_VLStage
 
 VISION_START, VISION_END, IMAGE, VIDEO = 90, 91, 92, 93

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from core.errors import InvalidModel
-from core.models.qwen2_5_vl.family import SIZES, Config
+from core.models.config import Config
+from core.models.qwen2_5_vl.family import SIZES
 from tests.tiny import TinyShape, tiny_config
 
 IDS = {

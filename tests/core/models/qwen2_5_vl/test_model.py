@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.device.cpu import CpuAccelerator
+from core.models.config import Config
 from core.models.layers.recompute import Recompute, RecomputePolicy
 from core.models.plan import stages, whole
-from core.models.qwen2_5_vl.family import Config
 from core.models.qwen2_5_vl.model import Qwen2_5_VLStage, outgoing_shape
 from tests.core.models.qwen2_5_vl.reference import (
     Sample,
