@@ -25,36 +25,33 @@ import platform
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from core.conversion.mm import write_rank_file
-from core.conversion.pt import from_torch, write_pt
+from core.conversion.pt import write_pt
 from core.errors import CorruptCheckpoint, DiskFull
 from core.parallel.mesh import Mesh
 from core.storage.local import fsync
 from core.storage.manifest import hash_file
 from core.training.background import Writing, Written, settled
+from core.training.contents import Contents, load_file, tree_of
 from core.training.host_memory import has_room_for
-from core.training.optimizer import OptimizerState, Piece
 from core.training.together import Together
 
 FACTS = "checkpoint.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 WEIGHTS_FILE = "model_optim_rng.pt"
-OPTIMIZER_FILES = "temper_optim_*.pt"
 SPARE_BYTES = 64 << 20
 """Left free beyond what a checkpoint needs."""
 PATIENCE_S = 20.0
 """After an error: how long rank 0 waits for the other ranks' parts of the checkpoint that is being written."""
-
-Name = TypeVar("Name", bound=str)
 
 _log = logging.getLogger("temper.runner")
 
@@ -99,36 +96,6 @@ class Facts:
             if found != size:
                 raise CorruptCheckpoint(f"{path.name}/{name} should have {size} bytes, has {found}")
         return facts
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What one rank has to save."""
-
-    weights: Mapping[str, Tensor]
-    optimizer: OptimizerState | None = None
-    rng: Mapping[str, Tensor] | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all tensors."""
-        pieces = self.optimizer.pieces.values() if self.optimizer else ()
-        states = [tensor for piece in pieces for tensor in piece.tensors.values()]
-        return sum(tensor.nbytes for tensor in (*self.weights.values(), *states, *(self.rng or {}).values()))
-
-    def copied(self, into: Contents | None) -> Contents:
-        """Copy everything to host memory: that of an earlier copy, which is much faster than memory never touched, or new."""
-        into = into or Contents({})
-        old_pieces = into.optimizer.pieces if into.optimizer else {}
-        pieces = {
-            name: replace(piece, tensors=_copied(piece.tensors, old_pieces[name].tensors if name in old_pieces else {}))
-            for name, piece in (self.optimizer.pieces if self.optimizer else {}).items()
-        }
-        return Contents(
-            _copied(self.weights, into.weights),
-            replace(self.optimizer, pieces=pieces) if self.optimizer else None,
-            self.rng,  # made anew each time it is asked for
-        )
 
 
 class Checkpoints:
@@ -282,7 +249,7 @@ class Checkpoints:
                 digests[path] = write_rank_file(path, contents.weights, iteration=iteration)
             if contents.optimizer is not None:
                 path = folder / self._name_of("optim")
-                digests[path] = write_pt(path, _tree(contents.optimizer))
+                digests[path] = write_pt(path, tree_of(contents.optimizer))
             if contents.rng is not None:
                 path = folder / self._name_of("rng")
                 buffer = io.BytesIO()
@@ -319,27 +286,6 @@ class Checkpoints:
         _log.info("checkpoint of iteration %d is complete, after %.1f s", facts.position.iteration, seconds)
 
 
-def load_file(path: Path) -> dict[str, Any]:
-    """Read a file of tensors by memory map; plain containers only."""
-    return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-
-
-def load_optimizer(path: Path) -> OptimizerState:
-    """Read one rank's file, by memory map."""
-    tree = load_file(path)
-    pieces = {name: Piece(piece.pop("start"), piece.pop("stop"), piece) for name, piece in tree["pieces"].items()}
-    return OptimizerState(tree["num_steps"], pieces)
-
-
-def _tree(state: OptimizerState) -> dict[str, Any]:
-    """What a file of optimizer state holds."""
-    pieces = {
-        name: {"start": piece.start, "stop": piece.stop, **{kind: from_torch(t) for kind, t in piece.tensors.items()}}
-        for name, piece in state.pieces.items()
-    }
-    return {"num_steps": state.num_steps, "pieces": pieces}
-
-
 def write_tracker(folder: Path, iteration: int) -> None:
     """Point `latest_checkpointed_iteration.txt` at an iteration, by rename."""
     temporary = folder / f".{TRACKER}.tmp"
@@ -352,16 +298,6 @@ def write_tracker(folder: Path, iteration: int) -> None:
 def _on_this_host(told: list[tuple[str, int]]) -> int:
     """Sum the bytes of the ranks on this host, of (host, bytes) of all ranks."""
     return sum(size for host, size in told if host == platform.node())
-
-
-def _copied(tensors: Mapping[Name, Tensor], into: Mapping[Name, Tensor]) -> dict[Name, Tensor]:
-    out = {}
-    for name, tensor in tensors.items():
-        old = into.get(name)
-        fits = old is not None and (old.shape, old.dtype) == (tensor.shape, tensor.dtype)
-        target = old if old is not None and fits else torch.empty(tensor.shape, dtype=tensor.dtype)
-        out[name] = target.copy_(tensor.detach())
-    return out
 
 
 def _remove(path: Path) -> None:

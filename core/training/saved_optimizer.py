@@ -24,7 +24,7 @@ from core.models.mapping import width
 from core.models.plan import Stage, stages
 from core.parallel.mesh import Mesh
 from core.specs.parallel import ParallelSpec
-from core.training.checkpoint import OPTIMIZER_FILES, load_optimizer
+from core.training.contents import OPTIMIZER_FILES, load_optimizer
 from core.training.optimizer import Kind, Piece
 
 

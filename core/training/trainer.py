@@ -28,8 +28,9 @@ from core.parallel.data import all_reduce_rows
 from core.parallel.mesh import Mesh
 from core.parallel.pipeline import Pipeline
 from core.specs.training import TrainingSpec
-from core.training.checkpoint import Checkpoints, Contents, Facts, Position
+from core.training.checkpoint import Checkpoints, Facts, Position
 from core.training.checks import FirstStep, OutOfMemory
+from core.training.contents import Contents
 from core.training.heartbeat import Heartbeat
 from core.training.lora import adapter_weights
 from core.training.meters import Meters, log_line, mindspeed_line

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from core.parallel.mesh import Mesh
-from core.training.checkpoint import Checkpoints, Contents, Facts, Position
+from core.training.checkpoint import Checkpoints, Facts, Position
+from core.training.contents import Contents
 from core.training.optimizer import OptimizerState, Piece
 
 SHAPES = {"embedding": (32_000, 2048)} | {

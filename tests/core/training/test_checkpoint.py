@@ -19,7 +19,8 @@ from core.errors import AppError, CorruptCheckpoint, DiskFull
 from core.parallel.mesh import Mesh, build_mesh
 from core.storage.manifest import hash_file
 from core.training import checkpoint
-from core.training.checkpoint import Checkpoints, Contents, Facts, Position, load_optimizer
+from core.training.checkpoint import Checkpoints, Facts, Position
+from core.training.contents import Contents, load_optimizer
 from core.training.host_memory import available_bytes
 from core.training.optimizer import OptimizerState, Piece
 from tests.distributed import run

@@ -11,7 +11,8 @@ import torch
 
 from core.parallel.mesh import Mesh
 from core.storage.manifest import hash_file
-from core.training.checkpoint import Checkpoints, Contents, Facts, Position
+from core.training.checkpoint import Checkpoints, Facts, Position
+from core.training.contents import Contents
 from core.training.optimizer import OptimizerState, Piece
 from tests.distributed import forkserver
 

@@ -22,7 +22,8 @@ from core.models.plan import stages
 from core.parallel.mesh import Mesh
 from core.specs.parallel import ParallelSpec
 from core.specs.training import TrainingSpec
-from core.training.checkpoint import Facts, _tree
+from core.training.checkpoint import Facts
+from core.training.contents import tree_of
 from core.training.optimizer import OptimizerState, Piece
 from core.training.resume import Origin, load_weights
 from core.training.saved_optimizer import RankState, RecutState
@@ -124,13 +125,13 @@ def write_state(folder: Path, saved: dict[str, dict[str, Tensor]], dice: random.
                 tensors: Any = {kind: tensors[name][start:stop] for kind, tensors in saved.items()}
                 pieces[rank][name] = Piece(start, stop, tensors)
     for rank, part in enumerate(pieces):
-        write_pt(folder / f"temper_optim_{rank:03d}.pt", _tree(OptimizerState(7, part)))
+        write_pt(folder / f"temper_optim_{rank:03d}.pt", tree_of(OptimizerState(7, part)))
 
 
 class TestRankState:
     def test_a_piece_that_is_not_there_is_not_made_up(self, tmp_path: Path) -> None:
         piece = Piece(0, 4, {"exp_avg": torch.ones(4)})
-        write_pt(tmp_path / "temper_optim_000.pt", _tree(OptimizerState(7, {"a": piece})))
+        write_pt(tmp_path / "temper_optim_000.pt", tree_of(OptimizerState(7, {"a": piece})))
         state = RankState(tmp_path)
         with pytest.raises(KeyError, match="b"):
             state.read("b", "exp_avg", 0, 4)
@@ -139,7 +140,7 @@ class TestRankState:
 
     def test_files_of_different_steps_are_refused(self, tmp_path: Path) -> None:
         for rank in (0, 1):
-            write_pt(tmp_path / f"temper_optim_{rank:03d}.pt", _tree(OptimizerState(rank, {})))
+            write_pt(tmp_path / f"temper_optim_{rank:03d}.pt", tree_of(OptimizerState(rank, {})))
         with pytest.raises(CorruptCheckpoint, match=r"optimizer state of \[0, 1\] steps"):
             RankState(tmp_path)
 
