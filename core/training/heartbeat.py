@@ -1,9 +1,10 @@
 """A stall is found and its culprit named: every rank tells what it is doing, and watches itself and the others.
 
 Each rank's thread writes `heartbeats/rank_N.json` (step, phase, rows, seconds since progress) every few seconds, also while the rank's
-main thread is stuck. When a rank has made no progress for the limit, its thread dumps the stacks of all its threads into the log. When
-all have, rank 0's thread names the culprit, the rank that is furthest behind, tells the job's error and ends its process; the others see
-that and end theirs, since one that is stuck would not hear a signal.
+main thread is stuck. When a rank has made no progress for the limit, its thread dumps the stacks of all its threads into
+`heartbeats/rank_N.txt`. When all have, rank 0's thread writes them into the log, one after the other, names the culprit, the rank that is
+furthest behind, tells the job's error and ends its process; the others see that and end theirs, since one that is stuck would not hear a
+signal.
 """
 
 from __future__ import annotations
@@ -111,11 +112,15 @@ class Heartbeat:
                 return
             if beat == told or self._clock() - beat.since < self._limit_s * SLOW.get(beat.phase, 1):
                 continue
-            _log.warning("no progress since step %d, %s; the stacks of rank %d:", beat.step, beat.phase, self._rank)
-            faulthandler.dump_traceback(file=2, all_threads=True)
+            _log.warning("rank %d: no progress since step %d, %s", self._rank, beat.step, beat.phase)
+            with (self._folder / f"rank_{self._rank}.txt").open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file=file, all_threads=True)
             told = beat
             self._write(replace(beat, has_told=True))
             if self._rank == 0 and self._is_stall(beat):
+                for stacks in sorted(self._folder.glob("rank_*.txt")):
+                    text = stacks.read_text(encoding="utf-8")
+                    _log.warning("the stacks of rank %s:\n%s", stacks.stem.removeprefix("rank_"), text)
                 error = self._error()
                 (self._folder / ".verdict").write_text(error.message, encoding="utf-8")
                 (self._folder / ".verdict").replace(self._folder / VERDICT)

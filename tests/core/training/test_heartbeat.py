@@ -23,7 +23,7 @@ class TestCulprit:
 
 class TestHeartbeat:
     def test_a_stall_is_told_with_step_phase_and_rows_and_stacks(
-        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         told: list[AppError] = []
         is_told = threading.Event()
@@ -37,7 +37,7 @@ class TestHeartbeat:
             assert is_told.wait(60)
         assert told[0].code == "stalled"
         assert "rank 0 is furthest behind, in step 7, compute, rows 3, 4" in told[0].message
-        assert "test_heartbeat.py" in capfd.readouterr().err
+        assert "test_heartbeat.py" in caplog.text
 
     def test_progress_is_no_stall(self, tmp_path: Path) -> None:
         told: list[AppError] = []
