@@ -275,6 +275,8 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, help="where to work; five times the model's size is needed")
     options = parser.parse_args()
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="temper-bench-") as folder:
         rows = measure(Path(folder), options)
     print(
