@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 
 from core.data.dataset import TokenisedDataset
 from core.data.loader import PREFETCH, StepLoader, build_batch
@@ -48,26 +49,11 @@ def build_loader(
     position: Position,
 ) -> StepLoader:
     """Build the loader of this rank's batches from a position on."""
-    token_budget = spec.micro_batch_size * spec.seq_length
-    patch_budget = _patch_budget(dataset, token_budget, config) if accelerator.static_shapes else None
-
-    def plan(consumed_samples: int) -> StepPlan:
-        return plan_step(
-            dataset.lengths,
-            dataset.patches,
-            seed=spec.seed,
-            consumed_samples=consumed_samples,
-            global_batch_size=spec.global_batch_size,
-            dp_size=mesh.dp_size,
-            token_budget=token_budget,
-            patch_budget=patch_budget,
-            min_micro_batches=mesh.pp_size,
-        )
-
+    token_budget, patch_budget = _budgets(dataset, spec, config, accelerator)
     return StepLoader(
         dataset,
         config,
-        plan,
+        _planner(dataset, spec, mesh, token_budget, patch_budget),
         consumed_samples=position.consumed_samples,
         dp_rank=mesh.dp_rank,
         with_pixels=stage.has_patch_embed,
@@ -88,23 +74,10 @@ def largest_batch(
     dataset: TokenisedDataset, spec: TrainingSpec, mesh: Mesh, stage: Stage, config: Config, accelerator: Accelerator
 ) -> PackedBatch:
     """Build the dearest micro-batch of the first steps (an epoch of them, at most REHEARSED_STEPS)."""
-    token_budget = spec.micro_batch_size * spec.seq_length
-    patch_budget = _patch_budget(dataset, token_budget, config) if accelerator.static_shapes else None
+    token_budget, patch_budget = _budgets(dataset, spec, config, accelerator)
+    plan = _planner(dataset, spec, mesh, token_budget, patch_budget)
     num_steps = min(spec.train_iters, REHEARSED_STEPS, math.ceil(len(dataset) / spec.global_batch_size))
-    plans = [
-        plan_step(
-            dataset.lengths,
-            dataset.patches,
-            seed=spec.seed,
-            consumed_samples=index * spec.global_batch_size,
-            global_batch_size=spec.global_batch_size,
-            dp_size=mesh.dp_size,
-            token_budget=token_budget,
-            patch_budget=patch_budget,
-            min_micro_batches=mesh.pp_size,
-        )
-        for index in range(num_steps)
-    ]
+    plans = [plan(index * spec.global_batch_size) for index in range(num_steps)]
     return build_batch(
         [dataset.row(row) for row in largest_micro_batch(plans, dataset.lengths, dataset.patches)],
         config,
@@ -115,6 +88,31 @@ def largest_batch(
         pad_to_patches=patch_budget,
         pad_token_id=dataset.meta.pad_token_id,
     )
+
+
+def _planner(
+    dataset: TokenisedDataset, spec: TrainingSpec, mesh: Mesh, token_budget: int, patch_budget: int | None
+) -> Callable[[int], StepPlan]:
+    """Return the plan of the step that begins after so many samples."""
+    return lambda consumed_samples: plan_step(
+        dataset.lengths,
+        dataset.patches,
+        seed=spec.seed,
+        consumed_samples=consumed_samples,
+        global_batch_size=spec.global_batch_size,
+        dp_size=mesh.dp_size,
+        token_budget=token_budget,
+        patch_budget=patch_budget,
+        min_micro_batches=mesh.pp_size,
+    )
+
+
+def _budgets(
+    dataset: TokenisedDataset, spec: TrainingSpec, config: Config, accelerator: Accelerator
+) -> tuple[int, int | None]:
+    """Return the most tokens and patches of a micro-batch; patches are limited on their own for static shapes only."""
+    token_budget = spec.micro_batch_size * spec.seq_length
+    return token_budget, _patch_budget(dataset, token_budget, config) if accelerator.static_shapes else None
 
 
 def _patch_budget(dataset: TokenisedDataset, token_budget: int, config: Config) -> int:
