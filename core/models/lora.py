@@ -18,11 +18,10 @@ from dataclasses import dataclass
 
 from core.errors import InvalidSpec
 from core.models.config import Config
-from core.models.mapping import Place, Rows
+from core.models.mapping import TOWERS, Place, Rows
 from core.models.plan import Column, Plan, Replicate, ShardRule, Stage
 from core.models.registry import get_family
 
-TOWERS = ("vision_encoder", "vision_projector", "text_decoder")
 FUSED = {
     "q_proj": "linear_qkv", "k_proj": "linear_qkv", "v_proj": "linear_qkv", "qkv": "linear_qkv", "o_proj": "linear_proj",
     "proj": "linear_proj", "gate_proj": "linear_fc1", "up_proj": "linear_fc1", "down_proj": "linear_fc2",

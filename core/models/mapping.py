@@ -43,6 +43,10 @@ class Place(enum.Enum):
                 return "text_decoder"
 
 
+TOWERS = tuple(dict.fromkeys(place.tower for place in Place))
+"""In the order of the forward pass."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows `[row, row + count)` of an mm tensor are the rows from `source_row` on of `source`, a HF tensor."""

@@ -14,7 +14,7 @@ from typing import Literal
 
 from core.models.config import Config
 from core.models.lora import Lora
-from core.models.mapping import Rename
+from core.models.mapping import TOWERS, Rename
 from core.models.plan import Stage
 from core.models.qwen2_5_vl.family import MAPPING, PLAN
 
@@ -25,7 +25,7 @@ CHUNK_TOKENS = 1024
 def stage_parameters(config: Config, stage: Stage, *, tp_size: int = 1) -> dict[str, int]:
     """Parameters that one tensor-parallel rank of the stage holds, by tower (`vision_encoder`, `vision_projector`, `text_decoder`)."""
     dims = config.dims()
-    count = dict.fromkeys(("vision_encoder", "vision_projector", "text_decoder"), 0)
+    count = dict.fromkeys(TOWERS, 0)
     for rule in MAPPING:
         if config.tie_word_embeddings and isinstance(rule, Rename) and rule.tied_to and stage.has_embedding:
             continue  # one stage holds both ends: the output layer is the embedding itself
