@@ -107,53 +107,44 @@ class Meters:
         self._losses: list[float] = []
 
 
-def log_line(
-    *,
-    iteration: int,
-    train_iters: int,
-    consumed_samples: int,
-    step_time_ms: float,
-    learning_rate: float,
-    global_batch_size: int,
-    loss: float,
-    grad_norm: float,
-) -> str:
-    """Return the field's usual line."""
-    return (
-        f"iteration {iteration}/{train_iters} | consumed samples {consumed_samples} | "
-        f"elapsed time per iteration (ms) {step_time_ms:.1f} | learning rate {learning_rate:.3E} | "
-        f"global batch size {global_batch_size} | loss {_short(loss)} | grad norm {_short(grad_norm)}"
-    )
+@dataclass(frozen=True)
+class LogLine:
+    """What the line of an interval tells; loss and gradient norm may be NaN."""
 
+    iteration: int
+    train_iters: int
+    consumed_samples: int
+    step_time_ms: float
+    learning_rate: float
+    global_batch_size: int
+    loss: float
+    grad_norm: float
+    num_skipped: int = 0
 
-def mindspeed_line(
-    *,
-    iteration: int,
-    train_iters: int,
-    consumed_samples: int,
-    step_time_ms: float,
-    learning_rate: float,
-    global_batch_size: int,
-    loss: float,
-    grad_norm: float,
-    num_skipped: int,
-    now: datetime | None = None,
-) -> str:
-    """Return MindSpeed-MM's line, for tools that parse its logs. A value that is not finite is left out, as there."""
-    parts = [
-        f" [{now or datetime.now().astimezone():%Y-%m-%d %H:%M:%S}] iteration {iteration:8d}/{train_iters:8d}",
-        f"consumed samples: {consumed_samples:12d}",
-        f"elapsed time per iteration (ms): {step_time_ms:.1f}",
-        f"learning rate: {learning_rate:.6E}",
-        f"global batch size: {global_batch_size:5d}",
-    ]
-    if math.isfinite(loss):
-        parts.append(f"loss: {loss:.6E}")
-    parts.append("loss scale: 1.0")
-    if math.isfinite(grad_norm):
-        parts.append(f"grad norm: {grad_norm:.3f}")
-    parts += [f"number of skipped iterations: {num_skipped:3d}", f"number of nan iterations: {0:3d}"]
-    return " | ".join(parts) + " |"
+    def temper(self) -> str:
+        """Return the field's usual line."""
+        return (
+            f"iteration {self.iteration}/{self.train_iters} | consumed samples {self.consumed_samples} | "
+            f"elapsed time per iteration (ms) {self.step_time_ms:.1f} | learning rate {self.learning_rate:.3E} | "
+            f"global batch size {self.global_batch_size} | loss {_short(self.loss)} | grad norm {_short(self.grad_norm)}"
+        )
+
+    def mindspeed(self, now: datetime) -> str:
+        """Return MindSpeed-MM's line, for tools that parse its logs. A value that is not finite is left out, as there."""
+        parts = [
+            f" [{now:%Y-%m-%d %H:%M:%S}] iteration {self.iteration:8d}/{self.train_iters:8d}",
+            f"consumed samples: {self.consumed_samples:12d}",
+            f"elapsed time per iteration (ms): {self.step_time_ms:.1f}",
+            f"learning rate: {self.learning_rate:.6E}",
+            f"global batch size: {self.global_batch_size:5d}",
+        ]
+        if math.isfinite(self.loss):
+            parts.append(f"loss: {self.loss:.6E}")
+        parts.append("loss scale: 1.0")
+        if math.isfinite(self.grad_norm):
+            parts.append(f"grad norm: {self.grad_norm:.3f}")
+        parts += [f"number of skipped iterations: {self.num_skipped:3d}", f"number of nan iterations: {0:3d}"]
+        return " | ".join(parts) + " |"
 
 
 def _short(value: float) -> str:

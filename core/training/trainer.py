@@ -12,8 +12,8 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from enum import Enum
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -33,7 +33,7 @@ from core.training.checks import FirstStep, OutOfMemory
 from core.training.contents import Contents
 from core.training.heartbeat import Heartbeat
 from core.training.lora import adapter_weights
-from core.training.meters import Meters, log_line, mindspeed_line
+from core.training.meters import LogLine, Meters
 from core.training.optimizer import Optimizer, build_schedule
 from core.training.tensorboard import TensorBoard
 from core.training.wiring import Head
@@ -310,19 +310,19 @@ class Trainer:
 
     def _log(self, learning_rate: float, grad_norm: float, everyone: Exchanged) -> None:
         reading, position, spec = self.meters.read(), self.facts.position, self.spec
-        line = log_line if spec.log_format == "temper" else partial(mindspeed_line, num_skipped=reading.num_skipped)
-        self.reporter.log.info(
-            line(
-                iteration=position.iteration,
-                train_iters=spec.train_iters,
-                consumed_samples=position.consumed_samples,
-                step_time_ms=reading.step_time_ms,
-                learning_rate=learning_rate,
-                global_batch_size=spec.global_batch_size,
-                loss=reading.loss,
-                grad_norm=grad_norm,
-            )
+        line = LogLine(
+            iteration=position.iteration,
+            train_iters=spec.train_iters,
+            consumed_samples=position.consumed_samples,
+            step_time_ms=reading.step_time_ms,
+            learning_rate=learning_rate,
+            global_batch_size=spec.global_batch_size,
+            loss=reading.loss,
+            grad_norm=grad_norm,
+            num_skipped=reading.num_skipped,
         )
+        is_ours = spec.log_format == "temper"
+        self.reporter.log.info(line.temper() if is_ours else line.mindspeed(datetime.now().astimezone()))
         values = {
             "loss": reading.loss,
             "learning_rate": learning_rate,

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 import pytest
 
 from core.models.flops import Work
-from core.training.meters import Meters, log_line, mindspeed_line
+from core.training.meters import LogLine, Meters
 
 
 class Clock:
@@ -80,15 +80,19 @@ class TestMeters:
         assert "mfu" not in meters.read().rates(1, None)
 
 
+def log_line(**changes: float) -> LogLine:
+    values = {
+        "iteration": 100, "train_iters": 10000, "consumed_samples": 800, "step_time_ms": 1250.51, "learning_rate": 1e-5,
+        "global_batch_size": 8, "loss": 2.345, "grad_norm": 1.234,
+    }  # fmt: skip
+    return LogLine(**{**values, **changes})
+
+
 class TestMindSpeedLine:
-    def line(self, loss: float) -> str:
-        return mindspeed_line(
-            iteration=100, train_iters=10000, consumed_samples=800, step_time_ms=1250.51, learning_rate=1e-5,
-            global_batch_size=8, loss=loss, grad_norm=1.234, num_skipped=0, now=datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc),
-        )  # fmt: skip
+    NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
 
     def test_is_megatrons(self) -> None:
-        assert self.line(2.345) == (
+        assert log_line().mindspeed(self.NOW) == (
             " [2026-01-02 03:04:05] iteration      100/   10000 | consumed samples:          800 | "
             "elapsed time per iteration (ms): 1250.5 | learning rate: 1.000000E-05 | global batch size:     8 | "
             "loss: 2.345000E+00 | loss scale: 1.0 | grad norm: 1.234 | number of skipped iterations:   0 | "
@@ -96,24 +100,16 @@ class TestMindSpeedLine:
         )
 
     def test_a_loss_that_is_not_a_number_is_left_out(self) -> None:
-        assert " loss:" not in self.line(math.nan)
+        assert " loss:" not in log_line(loss=math.nan).mindspeed(self.NOW)
 
 
 class TestLogLine:
     def test_is_the_usual_line(self) -> None:
-        line = log_line(
-            iteration=100, train_iters=10000, consumed_samples=800, step_time_ms=1250.51, learning_rate=1e-5,
-            global_batch_size=8, loss=2.345, grad_norm=1.234,
-        )  # fmt: skip
-        assert line == (
+        assert log_line().temper() == (
             "iteration 100/10000 | consumed samples 800 | elapsed time per iteration (ms) 1250.5 | "
             "learning rate 1.000E-05 | global batch size 8 | loss 2.345 | grad norm 1.234"
         )
 
     @pytest.mark.parametrize(("loss", "shown"), [(0.00012345, "1.234E-04"), (0.0, "0.000"), (math.nan, "nan")])
     def test_a_small_loss_does_not_read_zero(self, loss: float, shown: str) -> None:
-        line = log_line(
-            iteration=1, train_iters=1, consumed_samples=1, step_time_ms=1, learning_rate=0, global_batch_size=1,
-            loss=loss, grad_norm=1,
-        )  # fmt: skip
-        assert f"| loss {shown} |" in line
+        assert f"| loss {shown} |" in log_line(loss=loss).temper()
