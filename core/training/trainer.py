@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum
@@ -115,6 +115,8 @@ class Trainer:
     heartbeat: Heartbeat | None = None
     saved_at: int | None = None
     num_skipped_in_a_row: int = 0
+    is_checked: bool = False
+    """Whether the first step has been looked at."""
     meters: Meters = field(init=False)
 
     def __post_init__(self) -> None:
@@ -127,56 +129,13 @@ class Trainer:
         if (spec.checkpoint.save_interval or spec.train_iters) < spec.train_iters:
             self.checkpoints.reserve(self._contents())
         loaded = iter(steps)
-        first: FirstStep | None = None
-        is_checked = False
         while self.facts.position.iteration < spec.train_iters:
-            began = time.perf_counter()
-            self._at("data")
-            step = next(loaded)
-            rows = [row for part in step.plan.micro_batches[self.mesh.dp_rank] for row in part]
-            self._at("data", rows)
-            batches = [batch for batch in step.micro_batches if batch.rows]
-            wait_s = time.perf_counter() - began
             learning_rate = schedule.at(self.facts.position.iteration)
-
-            self._at("compute", rows)
-            self.optimizer.clear_gradients()
-            self.pipeline.run(batches, last_pass=self.optimizer.last_pass)
-            self._at("reduce", rows)
-            self.optimizer.reduce_gradients()
-            everyone = self._exchange(self.head.take(), batches, wait_s)
-            if everyone.save_failed:
-                self.checkpoints.wait()  # raises the error
-            if first is None and not is_checked and learning_rate > 0:
-                first = FirstStep.before(self.model, self.optimizer)
-
-            loss, grad_norm = everyone.loss_sum / (step.loss_weight or 1.0), math.nan
-            if everyone.is_finite and step.work.targets > 0:
-                self.num_skipped_in_a_row = 0
-                grad_norm = self.optimizer.step(
-                    learning_rate=learning_rate, num_targets=step.loss_weight, squared_norm=everyone.squared_norm
-                )
-                if first is not None:
-                    num_trained, num_moved = first.check(self.model, self.optimizer)
-                    self.reporter.log.info(
-                        "first step: %d of %d trained parameters with a gradient moved, %d frozen ones are as they were",
-                        num_moved,
-                        num_trained,
-                        len(first.frozen),
-                    )
-                    first, is_checked = None, True
-            else:
-                self._skip(step, everyone)
-
-            self._advance(step)
+            step, batches, wait_s = self._load(loaded)
+            everyone = self._compute(step, batches, wait_s)
+            grad_norm = self._update(step, everyone, learning_rate)
+            self._advance(step, everyone)
             iteration = self.facts.position.iteration
-            self.meters.add(
-                loss=loss if everyone.is_finite else math.nan,
-                work=step.work,
-                num_padded_tokens=everyone.num_padded_tokens,
-                num_images=step.num_images,
-                wait_s=everyone.wait_s,
-            )
             if iteration % spec.log_interval == 0 or iteration == spec.train_iters or everyone.stop:
                 self._log(learning_rate, grad_norm, everyone)
             if everyone.stop:
@@ -237,6 +196,28 @@ class Trainer:
         if self.heartbeat is not None:
             self.heartbeat.phase(self.facts.position.iteration + 1, phase, rows)
 
+    def _load(self, loaded: Iterator[LoadedStep]) -> tuple[LoadedStep, list[PackedBatch], float]:
+        """Return the next step, this rank's batches of it, and how long they let it wait."""
+        began = time.perf_counter()
+        self._at("data")
+        step = next(loaded)
+        self._at("data", self._own_rows(step))
+        batches = [batch for batch in step.micro_batches if batch.rows]
+        return step, batches, time.perf_counter() - began
+
+    def _compute(self, step: LoadedStep, batches: list[PackedBatch], wait_s: float) -> Exchanged:
+        """Sum the gradients of the global batch; return what all ranks know of it."""
+        rows = self._own_rows(step)
+        self._at("compute", rows)
+        self.optimizer.clear_gradients()
+        self.pipeline.run(batches, last_pass=self.optimizer.last_pass)
+        self._at("reduce", rows)
+        self.optimizer.reduce_gradients()
+        everyone = self._exchange(self.head.take(), batches, wait_s)
+        if everyone.save_failed:
+            self.checkpoints.wait()  # raises the error
+        return everyone
+
     def _exchange(self, losses: list[float], batches: list[PackedBatch], wait_s: float) -> Exchanged:
         """Let every rank know what each has seen in this step, in one all-reduce."""
         mesh = self.mesh
@@ -267,6 +248,27 @@ class Trainer:
             wait_s=max(waits_R),
             save_failed=any(failures_R),
         )
+
+    def _update(self, step: LoadedStep, everyone: Exchanged, learning_rate: float) -> float:
+        """Take the step and return the gradient's norm, or skip it: NaN."""
+        if not everyone.is_finite or step.work.targets == 0:
+            self._skip(step, everyone)
+            return math.nan
+        self.num_skipped_in_a_row = 0
+        first = None if self.is_checked or learning_rate == 0 else FirstStep.before(self.model, self.optimizer)
+        grad_norm = self.optimizer.step(
+            learning_rate=learning_rate, num_targets=step.loss_weight, squared_norm=everyone.squared_norm
+        )
+        if first is not None:
+            num_trained, num_moved = first.check(self.model, self.optimizer)
+            self.is_checked = True
+            self.reporter.log.info(
+                "first step: %d of %d trained parameters with a gradient moved, %d frozen ones are as they were",
+                num_moved,
+                num_trained,
+                len(first.frozen),
+            )
+        return grad_norm
 
     def _skip(self, step: LoadedStep, everyone: Exchanged) -> None:
         """Leave the weights as they are, say which rows and ranks were at fault, and fail once it happens too often."""
@@ -299,10 +301,21 @@ class Trainer:
         filled = [rows for rows in step.plan.micro_batches[self.mesh.dp_rank_of(rank)] if rows]
         return list(filled[index])
 
-    def _advance(self, step: LoadedStep) -> None:
+    def _own_rows(self, step: LoadedStep) -> list[int]:
+        return [row for part in step.plan.micro_batches[self.mesh.dp_rank] for row in part]
+
+    def _advance(self, step: LoadedStep, everyone: Exchanged) -> None:
+        """Count the step, skipped or not."""
         before = self.facts.position
         after = Position(before.iteration + 1, before.consumed_samples + step.num_samples)
         self.facts = replace(self.facts, position=after)
+        self.meters.add(
+            loss=everyone.loss_sum / (step.loss_weight or 1.0) if everyone.is_finite else math.nan,
+            work=step.work,
+            num_padded_tokens=everyone.num_padded_tokens,
+            num_images=step.num_images,
+            wait_s=everyone.wait_s,
+        )
 
     def _is_save_due(self, iteration: int) -> bool:
         interval = self.spec.checkpoint.save_interval
