@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from core.models.config import Config
@@ -92,6 +92,48 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class _Tower:
+    """A tower as it is trained, and what its layers keep by that."""
+
+    name: str
+    frozen: AbstractSet[str]
+    """Of all towers."""
+    lora: Lora | None
+    recompute: LayerRecompute
+    size: int
+    """Bytes of a value."""
+    tp_size: int
+    is_plain: bool
+    """Plain torch in bfloat16."""
+
+    @property
+    def inputs(self) -> AbstractSet[str]:
+        """Linear layers that keep their input, for the gradient of their weight or adapter."""
+        if self.lora is not None:
+            return self.lora.kinds(self.name)
+        every = frozenset(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"))
+        return frozenset() if self.name in self.frozen else every
+
+    @property
+    def norm(self) -> float:
+        """Values per value of its input that a norm keeps: the input, or in plain bfloat16 a float32 copy, and the normalised ones for
+        the gradient of its weight."""
+        if not self.is_plain:
+            return 1.0
+        return 2.0 + (self.name not in self.frozen and self.lora is None)
+
+    @property
+    def swiglu(self) -> int:
+        """Values per value of its width that SwiGLU keeps."""
+        return 3 if self.is_plain else 2
+
+    @property
+    def low_rank(self) -> int:
+        """Values per row that a layer's adapters keep: A x of each."""
+        return 0 if self.lora is None else len(self.lora.kinds(self.name)) * self.lora.r
+
+
+@dataclass(frozen=True)
 class _Kept:
     """Bytes of a tower's part of a stage for one micro-batch."""
 
@@ -122,8 +164,13 @@ def activation_bytes(
 ) -> int:
     """Peak bytes of activations of one rank of a stage, its input batch and the loss's working memory included."""
     size = 2 if precision == "bf16" else 4
-    vision = _vision(config, stage, work, frozen, size, vision_recompute or LayerRecompute(), tp_size, lora)
-    text = _text(config, stage, work, frozen, size, text_recompute or LayerRecompute(), tp_size, lora)
+    is_plain = size < 4 and not work.has_fused_kernels
+
+    def tower(name: str, recompute: LayerRecompute | None) -> _Tower:
+        return _Tower(name, frozen, lora, recompute or LayerRecompute(), size, tp_size, is_plain)
+
+    vision = _vision(config, stage, work, tower("vision_encoder", vision_recompute))
+    text = _text(config, stage, work, tower("text_decoder", text_recompute))
     batch = work.num_tokens * 5 * 8 + (work.num_patches * config.vision.patch_dim * 4 if stage.has_patch_embed else 0)
     kept = batch + vision.kept + text.kept
     held = work.num_in_flight * kept + _messages(config, stage, work, size, tp_size)
@@ -132,39 +179,34 @@ def activation_bytes(
 
 
 def _layer(
+    tower: _Tower,
     *,
     hidden: float,
     query: float,
     key: float,
     ffn: float,
-    inputs: AbstractSet[str],
-    low: float,
-    norm: float,
-    swiglu: float,
     expanded: bool,
     joined: bool,
-    split: int,
     shared: int,
 ) -> tuple[float, float, float]:
     """Values per row that a transformer layer keeps: all of it, with selective recompute, and its working memory going back.
 
-    `inputs` are the linear layers that keep theirs, for the gradient of their weight or adapter; `low` is what adapters keep beside,
-    `norm` and `swiglu` what those keep relative to their width.
-    `hidden` parts are divided by `shared`, those of heads and of the MLP by `split` tensor-parallel ranks.
+    `hidden` parts are divided by `shared`, those of heads and of the MLP by all tensor-parallel ranks.
     """
+    inputs, split = tower.inputs, tower.tp_size
     # The input of proj is kept anyway.
     linear_inputs = (("linear_qkv" in inputs) + ("linear_fc1" in inputs)) * hidden / shared
-    rest = 2 * norm * hidden / shared + linear_inputs + low + (swiglu + ("linear_fc2" in inputs)) * ffn / split
+    mlp = (tower.swiglu + ("linear_fc2" in inputs)) * ffn / split
+    rest = 2 * tower.norm * hidden / shared + linear_inputs + tower.low_rank + mlp
     # The value is a view of what linear_qkv returned, and keeps all of it; repeated ones are tensors of their own.
     with_view = (query + key + (query + 2 * key) + query) / split
     core = (4 + joined) * query / split if expanded else with_view
-    gathered = (
-        2 * hidden if shared > 1 else 0.0
-    )  # a layer's whole input, and its gradient before each rank has its rows of it
+    # A layer's whole input, and its gradient before each rank has its rows of it.
+    gathered = 2 * hidden if shared > 1 else 0.0
     return rest + core, rest + min(with_view, core), 3 * ffn / split + 2 * hidden / shared + gathered
 
 
-def _tower(
+def _layers(
     num_layers: int, hidden: float, layer: tuple[float, float, float], policy: LayerRecompute
 ) -> tuple[float, float]:
     """Values per row that a tower's layers keep, and their working memory."""
@@ -183,120 +225,61 @@ def _tower(
     return num_layers * whole, working
 
 
-def _vision(
-    config: Config,
-    stage: Stage,
-    work: Workload,
-    frozen: AbstractSet[str],
-    size: int,
-    policy: LayerRecompute,
-    tp_size: int,
-    lora: Lora | None,
-) -> _Kept:
+def _vision(config: Config, stage: Stage, work: Workload, tower: _Tower) -> _Kept:
     if not stage.vit_layers and not stage.has_projector:
         return _Kept(0, 0)
-    vision = config.vision
+    vision, size = config.vision, tower.size
     width, ffn, patches = vision.hidden_size, vision.intermediate_size, work.num_patches
-    tables, is_plain = 2 * vision.head_dim * 4, size < 4 and not work.has_fused_kernels
+    tables = 2 * vision.head_dim * 4
     merged = patches / vision.spatial_merge_size**2
-    if "vision_encoder" in frozen:  # nothing is kept, a layer's forward works in it
-        kept, working = 0.0, patches * size * (3 * width + 3 * ffn / tp_size)
+    if tower.name in tower.frozen:  # nothing is kept, a layer's forward works in it
+        kept, working = 0.0, patches * size * (3 * width + 3 * ffn / tower.tp_size)
     else:
-        layer = _layer(
-            hidden=width,
-            query=width,
-            key=width,
-            ffn=ffn,
-            inputs=_kept_inputs("vision_encoder", frozen, lora),
-            low=_low_rank("vision_encoder", lora),
-            norm=_norm("vision_encoder", frozen, lora, is_plain),
-            swiglu=3 if is_plain else 2,
-            expanded=False,
-            joined=False,
-            split=tp_size,
-            shared=1,
-        )
-        per_row, transient = _tower(len(stage.vit_layers), width, layer, policy)
+        layer = _layer(tower, hidden=width, query=width, key=width, ffn=ffn, expanded=False, joined=False, shared=1)
+        per_row, transient = _layers(len(stage.vit_layers), width, layer, tower.recompute)
         kept, working = patches * (per_row * size + tables), patches * transient * size
-    if stage.has_projector and not {"vision_encoder", "vision_projector"} <= frozen:
-        inputs = _kept_inputs("vision_projector", frozen, lora) & {"linear_fc1", "linear_fc2"}
-        kept += patches * size * width * (1 + _norm("vision_projector", frozen, lora, is_plain) + len(inputs))
+    if stage.has_projector and not {"vision_encoder", "vision_projector"} <= tower.frozen:
+        projector = replace(tower, name="vision_projector")
+        inputs = projector.inputs & {"linear_fc1", "linear_fc2"}
+        kept += patches * size * width * (1 + projector.norm + len(inputs))
     if stage.has_projector:
         kept += merged * size * vision.out_hidden_size
     return _Kept(kept, working)
 
 
-def _text(
-    config: Config,
-    stage: Stage,
-    work: Workload,
-    frozen: AbstractSet[str],
-    size: int,
-    policy: LayerRecompute,
-    tp_size: int,
-    lora: Lora | None,
-) -> _Kept:
+def _text(config: Config, stage: Stage, work: Workload, tower: _Tower) -> _Kept:
     if not stage.llm_layers and not stage.has_embedding and not stage.has_output:
         return _Kept(0, 0)
-    text, tokens = config.text, work.num_tokens
-    hidden, inputs = text.hidden_size, _kept_inputs("text_decoder", frozen, lora)
-    is_plain = size < 4 and not work.has_fused_kernels
-    norm = _norm("text_decoder", frozen, lora, is_plain)
+    text, tokens, size = config.text, work.num_tokens, tower.size
+    hidden, inputs, tp_size = text.hidden_size, tower.inputs, tower.tp_size
     layer = _layer(
+        tower,
         hidden=hidden,
         query=text.num_attention_heads * text.head_dim,
         key=text.num_key_value_heads * text.head_dim,
         ffn=text.intermediate_size,
-        inputs=inputs,
-        low=_low_rank("text_decoder", lora),
-        norm=norm,
-        swiglu=3 if is_plain else 2,
         expanded=not work.has_fused_kernels and text.num_attention_heads > text.num_key_value_heads,
         joined=work.is_mixed,
-        split=tp_size,
         shared=tp_size,
     )
-    per_row, transient = _tower(len(stage.llm_layers), hidden / tp_size, layer, policy)
+    per_row, transient = _layers(len(stage.llm_layers), hidden / tp_size, layer, tower.recompute)
     kept = tokens * (per_row * size + 2 * text.head_dim * 4)
     if stage.has_output:
-        kept += tokens * (1 + norm) * hidden / tp_size * size
-        if (
-            tp_size == 1 and not work.has_fused_kernels and stage.llm_layers
-        ):  # the rows that the last layer goes on with
+        kept += tokens * (1 + tower.norm) * hidden / tp_size * size
+        if tp_size == 1 and not work.has_fused_kernels and stage.llm_layers:
+            # The rows that the last layer goes on with.
             kept += (tokens if work.num_targets is None else work.num_targets) * 2 * hidden * size
         if work.num_targets is not None and stage.llm_layers:  # the last layer goes on with target positions only
             spared = (4 + ("linear_fc1" in inputs)) * hidden + (2 + ("linear_fc2" in inputs)) * text.intermediate_size
-            is_kept = policy.granularity in ("none", "selective")
+            is_kept = tower.recompute.granularity in ("none", "selective")
             kept -= (tokens - work.num_targets) * size * (spared if is_kept else 2 * hidden)
     return _Kept(kept, tokens * transient * size)
 
 
-def _kept_inputs(tower: str, frozen: AbstractSet[str], lora: Lora | None) -> AbstractSet[str]:
-    """Linear layers of a tower that keep their input."""
-    if lora is not None:
-        return lora.kinds(tower)
-    return frozenset() if tower in frozen else frozenset(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"))
-
-
-def _norm(tower: str, frozen: AbstractSet[str], lora: Lora | None, is_plain: bool) -> float:
-    """Values per value of its input that a norm keeps: the input, or in plain bfloat16 a float32 copy, and the normalised ones for the
-    gradient of its weight."""
-    if not is_plain:
-        return 1.0
-    return 2.0 + (tower not in frozen and lora is None)
-
-
-def _low_rank(tower: str, lora: Lora | None) -> float:
-    """Values per row that a layer's adapters keep: A x of each."""
-    return 0.0 if lora is None else len(lora.kinds(tower)) * lora.r
-
-
 def _messages(config: Config, stage: Stage, work: Workload, size: int, tp_size: int) -> float:
     """What pipeline stages send: at most the next input, a gradient that is ready and one under way; an output and a gradient to come."""
-    in_text, in_vision = (
-        work.num_tokens * config.text.hidden_size / tp_size,
-        work.num_patches * config.vision.hidden_size,
-    )
+    in_text = work.num_tokens * config.text.hidden_size / tp_size
+    in_vision = work.num_patches * config.vision.hidden_size
     incoming = 0.0 if stage.index == 0 else in_vision if stage.vit_layers else in_text
     outgoing = 0.0 if stage.has_output else in_text if stage.llm_layers else in_vision
     return (3 * incoming + 2 * outgoing) * size
