@@ -1,24 +1,22 @@
-"""Which parameters are trained: by tower, told by the first words of their mm names.
+"""Which parameters are trained: by tower, told by the place that the family's table gives each weight.
 
 A frozen parameter gets no gradient, no optimizer state, and no work in the backward pass that only it would need.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from core.models.plan import Stage
-from core.parallel.tensor import local_name
+from core.models.qwen2_5_vl.family import MAPPING
+from core.parallel.tensor import local_name, pattern
 from core.specs.training import FreezeSpec
 
-TOWERS = {
-    "vision_encoder": "image_encoder.encoder.",
-    "vision_projector": "image_encoder.projector.",
-    "text_decoder": "text_decoder.",
-}
+_TOWER_OF = {rule.mm: rule.place.tower for rule in MAPPING}
 
 
 @dataclass(frozen=True)
@@ -33,18 +31,14 @@ class ParameterRow:
     @property
     def count(self) -> int:
         """Number of elements."""
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product
+        return math.prod(self.shape)
 
 
 def tower_of(name: str) -> str:
     """Return the tower that an mm parameter name belongs to."""
-    for tower, prefix in TOWERS.items():
-        if local_name(name).startswith(prefix):
-            return tower
-    raise AssertionError(f"parameter {name} belongs to no tower")
+    tower = _TOWER_OF.get(pattern(local_name(name)))
+    assert tower is not None, f"parameter {name} belongs to no tower"
+    return tower
 
 
 def freeze(model: nn.Module, spec: FreezeSpec, *, all_weights: bool = False) -> list[ParameterRow]:
