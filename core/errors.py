@@ -22,6 +22,7 @@ AppError
 ├── DigestMismatch         422
 ├── UnsafeArchive          422
 ├── NonFiniteLoss          500
+├── DecoderDied            500  core.data.decoding
 ├── RunnerCrashed          500  the process died without saying why
 ├── AttemptLost            500  the host or its supervisor vanished
 ├── DependencyFailed       409

@@ -1,7 +1,9 @@
 """Rows to batches: packing, images and videos decoded ahead of use, and the order of the run.
 
-Decoding runs in threads: Pillow, PyAV and numpy let go of the interpreter lock while they work on pixels, nothing has to be
-copied between processes, and no process is forked after a device was initialised.
+    worker processes: file ─► frames, bytes ─► threads: kept in the cache ─► patches, packed ─► the training's main thread
+
+Decoding in threads would take the interpreter lock from the main thread, which has to keep an accelerator busy. What is left to
+them, patches and packing, is a few calls of numpy, which lets go of the lock.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -20,9 +23,10 @@ import numpy.typing as npt
 import torch
 
 from core.data.dataset import NO_TARGET, Row, TokenisedDataset
-from core.data.media import ImageProcessing, MediaError, UnreadableMedia
+from core.data.decoding import DecoderDied, Decoders
+from core.data.media import Frame, ImageProcessing, MediaError, Medium, UnreadableMedia
 from core.data.plan import StepPlan
-from core.data.video import VideoProcessing, load_medium
+from core.data.video import VideoProcessing, decode_medium, patchify_medium
 from core.errors import InvalidDataset
 from core.models.batch import PackedBatch
 from core.models.config import Config
@@ -62,7 +66,7 @@ class LoadedStep:
 class StepLoader:
     """Endless steps of one data-parallel rank from `consumed_samples` on, with batches prepared ahead of use.
 
-    A context manager that ends its threads.
+    A context manager that ends its threads and their processes, `num_decoders` at most.
 
     `plan` maps a count of consumed samples to the step's plan (see plan.plan_step). `with_pixels=False` leaves pixels
     out, for ranks that do not embed patches: the batch's `grid_thw` still tells how many there are. `pad_to_tokens` and
@@ -81,7 +85,7 @@ class StepLoader:
         pad_to_tokens: int | None = None,
         pad_to_patches: int | None = None,
         loss_reduction: LossReduction = "token",
-        num_threads: int = 2,
+        num_decoders: int = 2,
         prefetch: int = PREFETCH,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
@@ -90,7 +94,7 @@ class StepLoader:
         self._plan = plan
         self._consumed_samples = consumed_samples
         self._dp_rank = dp_rank
-        self._processing = dataset.meta.image_processing, dataset.meta.video_processing
+        self._decoders = Decoders(dataset.meta.image_processing, dataset.meta.video_processing)
         self._with_pixels = with_pixels
         self._pad_to_tokens = pad_to_tokens
         self._pad_to_patches = pad_to_patches
@@ -100,7 +104,7 @@ class StepLoader:
         self._cache_bytes_left = cache_bytes
         self._cache_lock = threading.Lock()
         self._row_locks = [threading.Lock() for _ in range(64)]
-        self._pool = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="loader")
+        self._pool = ThreadPoolExecutor(max(1, num_decoders), thread_name_prefix="loader")
 
     def __enter__(self) -> StepLoader:
         return self
@@ -109,7 +113,8 @@ class StepLoader:
         self.close()
 
     def close(self) -> None:
-        """Drop what was prepared ahead and end the threads."""
+        """Drop what was prepared ahead and end threads and processes."""
+        self._decoders.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __iter__(self) -> Iterator[LoadedStep]:
@@ -152,6 +157,7 @@ class StepLoader:
             [self._part(row) for row in rows],
             self._config,
             processing=self._dataset.meta.image_processing,
+            videos=self._dataset.meta.video_processing,
             with_pixels=self._with_pixels,
             pad_to_tokens=self._pad_to_tokens,
             pad_to_patches=self._pad_to_patches,
@@ -164,7 +170,8 @@ class StepLoader:
         with self._row_locks[row % len(self._row_locks)]:  # a second thread that wants the row waits, and finds it
             part = self._cache.get(row)
             if part is None:
-                part = _part(self._dataset.row(row), self._config, *self._processing, self._with_pixels)
+                decode = self._decoders.decode if self._with_pixels else None
+                part = _part(self._dataset.row(row), self._config, self._dataset.meta.image_processing, decode)
                 with self._cache_lock:
                     if part.num_bytes <= self._cache_bytes_left:
                         self._cache_bytes_left -= part.num_bytes
@@ -188,16 +195,18 @@ def build_batch(
     pad_to_patches: int | None = None,
     pad_token_id: int = 0,
 ) -> PackedBatch:
-    """Pack samples end to end, decoding their images and videos; `videos` may be left out where there are none.
+    """Pack samples end to end, decoding their images and videos here; `videos` may be left out where there are none.
 
     Padding is one more sample of pad tokens without targets, and one more image of zeros whose features no token takes.
     No rows and no padding give an empty batch (T = 0). Raises UnreadableMedia naming row and file, InvalidDataset when
     tokens and images of a row disagree or the batch is larger than what it shall be filled up to.
     """
+    decode = partial(decode_medium, images=processing, videos=videos) if with_pixels else None
     return _pack(
-        [_part(row, config, processing, videos, with_pixels) for row in rows],
+        [_part(row, config, processing, decode) for row in rows],
         config,
         processing=processing,
+        videos=videos,
         with_pixels=with_pixels,
         pad_to_tokens=pad_to_tokens,
         pad_to_patches=pad_to_patches,
@@ -210,6 +219,7 @@ def _pack(
     config: Config,
     *,
     processing: ImageProcessing,
+    videos: VideoProcessing | None,
     with_pixels: bool,
     pad_to_tokens: int | None,
     pad_to_patches: int | None,
@@ -218,8 +228,12 @@ def _pack(
 ) -> PackedBatch:
     """Lay decoded rows end to end, and padding after them."""
     parts = list(rows)
-    grids = [grid for part in parts for grid in part.grids]
-    pixels = [values for part in parts for values in part.pixels]
+    grids = [medium.grid for part in parts for medium in part.media]
+    pixels = [
+        patchify_medium(medium, frames, processing, videos)
+        for part in parts
+        for medium, frames in zip(part.media, part.frames, strict=bool(part.frames))
+    ]
     if missing := _missing(sum(len(part.input_ids) for part in parts), pad_to_tokens, "tokens"):
         parts.append(_padding(missing, pad_token_id, config))
     if missing := _missing(sum(t * h * w for t, h, w in grids), pad_to_patches, "patches"):
@@ -264,28 +278,30 @@ class _Part:
     targets: np.ndarray
     positions: torch.Tensor
     """M-RoPE, [3, L]"""
-    pixels: list[np.ndarray]
-    """Of each image and video, [P, D]; none where pixels are left out."""
-    grids: tuple[tuple[int, int, int], ...] = ()
+    media: tuple[Medium, ...] = ()
+    frames: tuple[list[Frame], ...] = ()
+    """Of each image and video; none where pixels are left out."""
 
     @property
     def num_bytes(self) -> int:
         """Memory that it takes."""
         tokens = self.input_ids.nbytes + self.targets.nbytes + self.positions.nbytes
-        return tokens + sum(values.nbytes for values in self.pixels)
+        return tokens + sum(frame.nbytes for frames in self.frames for frame in frames)
 
 
-def _part(
-    row: Row, config: Config, images: ImageProcessing, videos: VideoProcessing | None, with_pixels: bool
-) -> _Part:
-    _check_media_tokens(row, config, images)
+Decode = Callable[[Medium], list[Frame]]
+
+
+def _part(row: Row, config: Config, processing: ImageProcessing, decode: Decode | None) -> _Part:
+    """Without `decode` pixels are left out."""
+    _check_media_tokens(row, config, processing)
     return _Part(
         row=row.index,
         input_ids=row.input_ids.astype(np.int64),
         targets=row.targets,
         positions=mrope_positions(row.input_ids.tolist(), row.grid_thw, config, row.seconds_per_grid),
-        pixels=_pixels(row, images, videos) if with_pixels else [],
-        grids=row.grid_thw,
+        media=row.media,
+        frames=() if decode is None else tuple(_frames(row, medium, decode) for medium in row.media),
     )
 
 
@@ -302,7 +318,6 @@ def _padding(length: int, pad_token_id: int, config: Config) -> _Part:
         input_ids=input_ids,
         targets=np.full(length, NO_TARGET, np.int64),
         positions=mrope_positions(input_ids.tolist(), (), config),
-        pixels=[],
     )
 
 
@@ -318,14 +333,13 @@ def _check_media_tokens(row: Row, config: Config, processing: ImageProcessing) -
             )
 
 
-def _pixels(row: Row, images: ImageProcessing, videos: VideoProcessing | None) -> list[np.ndarray]:
-    pixels = []
-    for medium in row.media:
-        try:
-            pixels.append(load_medium(medium, images, videos))
-        except MediaError as error:
-            raise UnreadableMedia(
-                f"row {row.source_row}: {medium}: {error}",
-                hint="restore the file, or make the data set again: its check refuses such rows",
-            ) from error
-    return pixels
+def _frames(row: Row, medium: Medium, decode: Decode) -> list[Frame]:
+    try:
+        return decode(medium)
+    except MediaError as error:
+        raise UnreadableMedia(
+            f"row {row.source_row}: {medium}: {error}",
+            hint="restore the file, or make the data set again: its check refuses such rows",
+        ) from error
+    except DecoderDied as error:
+        raise DecoderDied(f"row {row.source_row}: {medium}: {error.message}") from error

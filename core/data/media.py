@@ -43,6 +43,8 @@ _TRANSPOSE = {
 
 
 Grid = tuple[int, int, int]
+Frame = npt.NDArray[np.uint8]
+"""Upright pixels [H, W, 3] in the size of a grid: what is decoded once, kept and sent, at an eighth of a still image's patches."""
 
 
 class MediaError(Exception):
@@ -189,36 +191,41 @@ class ImageProcessing:
     def patches(self, image: Image.Image) -> tuple[npt.NDArray[np.float32], Grid]:
         """Patches [P, D] and (t, h, w) of an upright RGB image; raises MediaError."""
         grid = self.grid(image.height, image.width)
-        return self.patchify([self.resized(image, grid)] * self.temporal_patch_size, grid), grid
+        return self.patchify([self.resized(image, grid)], grid), grid
 
     def load(self, path: Path) -> tuple[npt.NDArray[np.float32], Grid]:
         """Decode a file to patches [P, D] and (t, h, w); raises MediaError."""
         return self.patches(load_rgb(path))
 
-    def resized(self, image: Image.Image, grid: Grid) -> npt.NDArray[np.uint8]:
+    def decode(self, path: Path) -> tuple[Frame, Grid]:
+        """Decode a file to pixels in the size of its grid, and (t, h, w); raises MediaError."""
+        image = load_rgb(path)
+        grid = self.grid(image.height, image.width)
+        return self.resized(image, grid), grid
+
+    def resized(self, image: Image.Image, grid: Grid) -> Frame:
         """Pixels [H, W, 3] of an RGB image in the size of a grid."""
         size = (grid[2] * self.patch_size, grid[1] * self.patch_size)
         return np.asarray(image.resize(size, resample=Image.Resampling(self.resample)))
 
-    def patchify(self, frames: Sequence[npt.NDArray[np.uint8]], grid: Grid) -> npt.NDArray[np.float32]:
-        """Patches [P, D] of t · temporal_patch_size frames [H, W, 3]; a still image is its own next frame.
+    def patchify(self, frames: Sequence[Frame], grid: Grid) -> npt.NDArray[np.float32]:
+        """Patches [P, D] of t · temporal_patch_size frames; where the last step lacks some, as of a still image, the last frame stays.
 
         Reorders while the pixels are still bytes, then looks up their normalised values: exact and quick.
         """
         t, h, w = grid
         p, m, depth = self.patch_size, self.merge_size, self.temporal_patch_size
-        assert len(frames) == t * depth
+        assert 0 <= t * depth - len(frames) < depth, f"{len(frames)} frames for {t} steps of {depth}"
         normalised = np.empty((t, h * w, 3, depth, p * p), np.float32)
         tables = self._tables()
         for place, pixels_HWC in enumerate(frames):
             step, layer = divmod(place, depth)
-            if layer and pixels_HWC is frames[place - 1]:
-                normalised[step, :, :, layer] = normalised[step, :, :, layer - 1]
-                continue
             blocks = pixels_HWC.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
             for channel, table in enumerate(tables):
                 values = np.ascontiguousarray(blocks[:, :, :, :, channel]).reshape(h * w, p * p)
                 normalised[step, :, channel, layer] = table.take(values)
+        for layer in range(len(frames) - (t - 1) * depth, depth):
+            normalised[-1, :, :, layer] = normalised[-1, :, :, layer - 1]
         return normalised.reshape(t * h * w, self.patch_dim)
 
     def _tables(self) -> npt.NDArray[np.float32]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import multiprocessing
 import signal
@@ -20,11 +19,10 @@ from core.data.media import ImageProcessing, MediaError, Medium, check_decodes, 
 from core.data.template import ChatTemplate, Encoded
 from core.data.video import VideoProcessing
 from core.errors import InvalidDataset
+from core.processes import die_with_parent
 
 CHUNK_ROWS = 64
 """Most rows that a worker process gets at a time; fewer of a small data set, whose rows may be long videos."""
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -266,8 +264,7 @@ def _start_worker(options: Options) -> None:
     global _worker
     for number in (signal.SIGTERM, signal.SIGINT):  # sent to the whole group; the parent decides
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "SIGKILL") and (prctl := getattr(ctypes.CDLL(None), "prctl", None)):
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     _worker = Preparer(options)
 
 

@@ -1,7 +1,7 @@
 """Videos: which frames are taken, and what becomes of them; equal to transformers' Qwen2VLVideoProcessor but for rounding.
 
     paths ─► probe: size, number of frames, rate (from the header) ─► plan: (t, h, w), seconds from step to step
-          ─► check: decodes everything once, counts ─┘            └─► load: decodes, takes t · temporal_patch_size frames
+          ─► check: decodes everything once, counts ─┘            └─► decode: takes up to t · temporal_patch_size frames
 
 A video is a file (mp4, mkv, avi … by PyAV; GIF, WebP, PNG by Pillow) or a list of images, its frames. Frames are decoded
 one after the other and only those that are taken are kept, in the size of the grid.
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from core.data.media import Grid, ImageProcessing, MediaError, Medium, load_rgb, opened, probe_size, to_rgb
+from core.data.media import Frame, Grid, ImageProcessing, MediaError, Medium, load_rgb, opened, probe_size, to_rgb
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -155,10 +155,14 @@ class VideoProcessing:
         )
 
     def load(self, video: Medium) -> npt.NDArray[np.float32]:
-        """Patches [P, D] of a video; raises MediaError, also if the file now has another size or fewer frames."""
-        grid, taken, depth = video.grid, video.num_taken, self.frames.temporal_patch_size
+        """Patches [P, D] of a video; raises MediaError as `decode` does."""
+        return self.frames.patchify(self.decode(video), video.grid)
+
+    def decode(self, video: Medium) -> list[Frame]:
+        """Decode the frames that are taken; raises MediaError, also if the file now has another size or fewer frames."""
+        grid, taken = video.grid, video.num_taken
         wanted = {place * video.num_frames // taken for place in range(taken)}
-        kept: list[npt.NDArray[np.uint8]] = []
+        kept: list[Frame] = []
         with _open(video.paths, self.fps) as source:
             for index, make in enumerate(itertools.islice(source.pictures(), max(wanted) + 1)):
                 if index in wanted:
@@ -169,21 +173,30 @@ class VideoProcessing:
         if len(kept) < taken:
             missing = sorted(wanted)[len(kept)]
             raise MediaError("unreadable_video", f"the file ends before frame {missing} of {video.num_frames}")
-        kept += [kept[-1]] * (grid[0] * depth - taken)  # a last step that is not full
-        return self.frames.patchify(kept, grid)
+        return kept
 
 
 def load_medium(medium: Medium, images: ImageProcessing, videos: VideoProcessing | None) -> npt.NDArray[np.float32]:
-    """Patches [P, D] of an image, or of a video, for which `videos` is needed.
+    """Patches [P, D] of an image, or of a video, for which `videos` is needed; raises MediaError as `decode_medium` does."""
+    return patchify_medium(medium, decode_medium(medium, images, videos), images, videos)
 
-    Raises MediaError, also if the file is no longer the one that was planned.
-    """
+
+def decode_medium(medium: Medium, images: ImageProcessing, videos: VideoProcessing | None) -> list[Frame]:
+    """Decode what is taken of an image or video. Raises MediaError, also if the file is no longer the one that was planned."""
     if medium.is_video:
         assert videos is not None, "nobody said how videos are processed"
-        return videos.load(medium)
-    pixels, grid = images.load(medium.paths[0])
+        return videos.decode(medium)
+    pixels, grid = images.decode(medium.paths[0])
     check_grid(medium, grid)
-    return pixels
+    return [pixels]
+
+
+def patchify_medium(
+    medium: Medium, frames: Sequence[Frame], images: ImageProcessing, videos: VideoProcessing | None
+) -> npt.NDArray[np.float32]:
+    """Patches [P, D] of what was decoded."""
+    processing = videos.frames if medium.is_video and videos is not None else images
+    return processing.patchify(frames, medium.grid)
 
 
 def check_grid(medium: Medium, found: Grid) -> None:

@@ -5,22 +5,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
 
 from core.errors import AppError
+from core.processes import die_with_parent
 from core.runners.context import EXIT_STOPPED, InputArtifact, RunContext, Stopped
 from core.specs import parse_stored_spec
 from core.specs.events import JobFile
 from core.storage.local import Store
 
-_PR_SET_PDEATHSIG = 1
 TORCH_SETTINGS = {"THP_MEM_ALLOC_ENABLE": "1"}
 """Read by torch when it is imported. Large CPU tensors in huge pages: glibc maps each anew, and zeroing it page by page can take
 longer than the operation that fills it."""
@@ -90,14 +88,6 @@ def configure_logging(ctx: RunContext) -> None:
     file = logging.FileHandler(logs / f"rank_{ctx.rank}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[console, file])
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends (Linux), so that no rank outlives its supervisor."""
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

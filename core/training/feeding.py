@@ -60,11 +60,11 @@ def build_loader(
         pad_to_tokens=token_budget if accelerator.static_shapes else None,
         pad_to_patches=patch_budget,
         loss_reduction=spec.loss_reduction,
-        num_threads=_decoding_threads(),
+        num_decoders=_num_decoders(),
     )
 
 
-def _decoding_threads() -> int:
+def _num_decoders() -> int:
     """Return this process's share of the host's processor cores, as far as four batches prepared ahead can use them."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(2, min(PREFETCH, len(os.sched_getaffinity(0)) // processes))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from core.data.dataset import NO_TARGET, TokenisedDataset
+from core.data.decoding import DecoderDied
 from core.data.loader import CACHE_BYTES, LossReduction, StepLoader, build_batch, padding_grid
 from core.data.media import ImageProcessing, Medium, UnreadableMedia
 from core.data.plan import StepPlan, plan_step
@@ -119,8 +123,10 @@ class TestStepLoader:
         consumed: int = 0,
         cache_bytes: int = CACHE_BYTES,
         reduction: LossReduction = "token",
+        split: Literal["train", "validation"] = "train",
+        with_pixels: bool = True,
     ) -> StepLoader:
-        dataset = TokenisedDataset(dataset_dir)
+        dataset = TokenisedDataset(dataset_dir, split)
 
         def plan(consumed_samples: int) -> StepPlan:
             return plan_step(
@@ -141,6 +147,7 @@ class TestStepLoader:
             consumed_samples=consumed,
             cache_bytes=cache_bytes,
             loss_reduction=reduction,
+            with_pixels=with_pixels,
         )
 
     @staticmethod
@@ -158,6 +165,35 @@ class TestStepLoader:
                 assert step.work.tokens == sum(len(batch.input_ids_T) for batch in batches)
                 assert step.num_images == sum(len(batch.grid_thw) for batch in batches)
                 assert step.work.patches == sum(batch.num_patches for batch in batches)
+
+    def test_a_batch_is_that_of_its_rows_bit_for_bit(self, dataset_dir: Path, config: Config) -> None:
+        dataset = TokenisedDataset(dataset_dir)
+        for batch in itertools.chain(*self.batches(self.loader(dataset_dir, config), 4)):  # later ones from the cache
+            expected = build_batch([dataset.row(row) for row in batch.rows], config, processing=PROCESSING)
+            for name, value in vars(expected).items():
+                found = getattr(batch, name)
+                assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
+
+    def test_text_starts_no_process(self, dataset_dir: Path, config: Config) -> None:
+        with self.loader(dataset_dir, config, split="validation") as loader:
+            batches = [batch for step in itertools.islice(loader, 2) for batch in step.micro_batches]
+            assert {row for batch in batches for row in batch.rows} == {0}
+            assert loader._decoders.pids == []
+
+    def test_ranks_without_pixels_start_no_process(self, dataset_dir: Path, config: Config) -> None:
+        with self.loader(dataset_dir, config, with_pixels=False) as loader:
+            batches = list(next(iter(loader)).micro_batches)
+            assert sum(batch.num_patches for batch in batches) > 0
+            assert not any(len(batch.pixel_values_PD) for batch in batches)
+            assert loader._decoders.pids == []
+
+    def test_a_decoder_that_is_killed_is_named_with_its_row_and_file(self, dataset_dir: Path, config: Config) -> None:
+        with self.loader(dataset_dir, config, cache_bytes=0) as loader, ThreadPoolExecutor(1) as thread:
+            thread.submit(loader._part, 0).result()
+            (pid,) = loader._decoders.pids
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(DecoderDied, match=r"row 13: image .*1\.png: .* was killed by SIGKILL"):
+                thread.submit(loader._part, 1).result()
 
     @pytest.mark.parametrize(("reduction", "weight"), [("sample", 1 / 2), ("square", 2**-0.5)])
     def test_weights_follow_each_samples_number_of_targets(

@@ -68,4 +68,4 @@ def test_the_job_fails_and_names_rank_step_phase_and_rows_with_all_stacks_in_the
         beat = json.loads((bench.store.attempt_dir("job_a", 1) / f"heartbeats/rank_{rank}.json").read_text())
         assert beat["has_told"]
     assert len(re.findall(r"trainer\.py\", line \d+ in train\b", log)) == 2  # both main threads
-    assert "open_or_hang" in log  # where rank 1 does
+    assert "decode_or_hang" in log  # where rank 1 does

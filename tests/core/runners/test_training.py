@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -34,10 +36,11 @@ from core.models.config import Config
 from core.models.hf_folder import inspect_hf_folder
 from core.models.mm_folder import inspect_mm_folder
 from core.runners import training
-from core.runners.context import InputArtifact, RunContext, Stopped
+from core.runners.context import EXIT_STOPPED, InputArtifact, RunContext, Stopped
 from core.specs.parallel import ParallelSpec
 from core.specs.training import TrainingSpec
 from core.storage.local import Store
+from tests.services import wait_until
 from tests.tiny import TinyShape, tiny_model
 from tests.videos import pictures, write_animation
 
@@ -144,6 +147,14 @@ class Bench:
         module: str = "core.runners",
         **settings: str,
     ) -> subprocess.CompletedProcess[str]:
+        attempt_dir = self.described(spec, job)
+        options = ["--standalone", "--local-addr=localhost", f"--nproc-per-node={world_size}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", module, str(attempt_dir)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
+        return subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, check=False)
+
+    def described(self, spec: TrainingSpec, job: str = "job_a") -> Path:
+        """The folder of a first attempt, with its `job.json`."""
         attempt_dir = self.store.attempt_dir(job, 1)
         attempt_dir.mkdir(parents=True)
         inputs = {
@@ -158,10 +169,7 @@ class Bench:
                 }
             )
         )  # fmt: skip
-        options = ["--standalone", "--local-addr=localhost", f"--nproc-per-node={world_size}"]
-        command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", module, str(attempt_dir)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
-        return subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, check=False)
+        return attempt_dir
 
     def events(self, kind: str, *, job: str = "job_a", attempt: int = 1) -> list[dict[str, Any]]:
         lines = (self.store.attempt_dir(job, attempt) / "events.jsonl").read_text().splitlines()
@@ -278,6 +286,19 @@ class TestRun:
         with pytest.raises(Stopped):
             training.run(ctx, spec)
         assert set(bench.outputs()) == {"checkpoint-0000001", "tensorboard"}
+
+    def test_term_to_the_process_group_stops_training_not_its_decoders(self, bench: Bench) -> None:
+        attempt_dir = bench.described(training_spec(train_iters=100_000, checkpoint={}))
+        command = [sys.executable, "-m", "core.runners", str(attempt_dir)]
+        with subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL) as runner:
+            events = attempt_dir / "events.jsonl"
+            wait_until(lambda: events.exists() and '"metric"' in events.read_text(), timeout_s=60, what="a step")
+            decoders = psutil.Process(runner.pid).children()
+            assert {process.cmdline()[-2] for process in decoders} == {"core.data.decoding"}
+            os.killpg(runner.pid, signal.SIGTERM)
+            assert runner.wait(60) == EXIT_STOPPED
+        assert len(bench.outputs()) == 2
+        assert not any(process.is_running() for process in decoders)
 
 
 class TestResume:
