@@ -90,6 +90,13 @@ def sum_over(x: Tensor, group: ProcessGroup) -> Tensor:
     return start_sum(x, group).wait()
 
 
+def send_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Overwrite `x` with what the group's first rank has, in place; `x` must be contiguous."""
+    if x.numel():
+        dist.broadcast(x, src=dist.get_global_rank(group, 0), group=group)
+    return x
+
+
 def gather_rows(x: Tensor, group: ProcessGroup) -> Tensor:
     """Return all ranks' rows, end to end."""
     return start_gather_rows(x, group).wait()

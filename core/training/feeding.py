@@ -18,6 +18,7 @@ from core.parallel.mesh import Mesh
 from core.specs.training import TrainingSpec
 from core.training.checkpoint import Position
 from core.training.checks import largest_micro_batch
+from core.training.wiring import reads_pixels
 
 PATCH_HEADROOM = 1.25
 """Static shapes: patches that a micro-batch can hold, relative to what its tokens have on average."""
@@ -56,7 +57,7 @@ def build_loader(
         _planner(dataset, spec, mesh, token_budget, patch_budget),
         consumed_samples=position.consumed_samples,
         dp_rank=mesh.dp_rank,
-        with_pixels=stage.has_patch_embed,
+        with_pixels=reads_pixels(stage, mesh),
         pad_to_tokens=token_budget if accelerator.static_shapes else None,
         pad_to_patches=patch_budget,
         loss_reduction=spec.loss_reduction,
@@ -83,7 +84,7 @@ def largest_batch(
         config,
         processing=dataset.meta.image_processing,
         videos=dataset.meta.video_processing,
-        with_pixels=stage.has_patch_embed,
+        with_pixels=reads_pixels(stage, mesh),
         pad_to_tokens=token_budget if accelerator.static_shapes else None,
         pad_to_patches=patch_budget,
         pad_token_id=dataset.meta.pad_token_id,

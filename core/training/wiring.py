@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from core.models.batch import PackedBatch
 from core.models.config import Config
 from core.models.plan import Plan, Stage
 from core.models.qwen2_5_vl.model import outgoing_shape
-from core.parallel.collectives import gather_rows, reduce_scatter_rows
+from core.parallel.collectives import gather_rows, reduce_scatter_rows, send_to_all
 from core.parallel.mesh import Mesh
 from core.parallel.pipeline import Boundary, Pipeline
 from core.parallel.tensor import Held, shard
@@ -81,9 +82,14 @@ def build_pipeline(
 ) -> Pipeline[PackedBatch]:
     """Build this rank's end of the pipeline around the modules of its stages."""
     reached = gradient_reaches(all_stages, freeze)
+    dtype = next(chunks[0].parameters()).dtype
 
     def forward(chunk: nn.Module, batch: PackedBatch, incoming: Tensor | None = None) -> Tensor:
         output: Tensor = chunk(batch.to(accelerator.device), incoming)
+        return output
+
+    def embedding(chunk: nn.Module, batch: PackedBatch, incoming: Tensor | None = None) -> Tensor:
+        output: Tensor = chunk(with_shared_pixels(batch.to(accelerator.device), mesh, dtype), incoming)
         return output
 
     def trimmed(chunk: nn.Module, batch: PackedBatch, incoming: Tensor | None = None) -> Tensor:
@@ -95,6 +101,8 @@ def build_pipeline(
         # What follows is between neighbours, but NCCL and HCCL want all ranks of a group in the first call.
         dist.all_reduce(torch.zeros(1, device=accelerator.device), group=mesh.pp_group)
     own = [partial(forward, chunk) for chunk in chunks]
+    if mesh.tp_group is not None and all_stages[mesh.pp_rank].has_patch_embed:
+        own[0] = partial(embedding, chunks[0])
     if head.targets_only and mesh.is_last_stage:
         own[-1] = partial(trimmed, chunks[-1])
     return Pipeline(
@@ -106,9 +114,22 @@ def build_pipeline(
             for stage, is_reached in zip(all_stages, reached[1:], strict=False)
         ],
         prepare=lambda batch: batch.padded_to(mesh.tp_size),
-        dtype=next(chunks[0].parameters()).dtype,
+        dtype=dtype,
         device=accelerator.device,
     )
+
+
+def reads_pixels(stage: Stage, mesh: Mesh) -> bool:
+    """Whether this rank's batches need their pixels: of tensor-parallel ranks the first has them, and sends them."""
+    return stage.has_patch_embed and mesh.tp_rank == 0
+
+
+def with_shared_pixels(batch: PackedBatch, mesh: Mesh, dtype: torch.dtype) -> PackedBatch:
+    """Give all tensor-parallel ranks the pixels that the first has, in the dtype that they are computed in; on the device."""
+    assert mesh.tp_group is not None, "one rank has them already"
+    own_PD, shape = batch.pixel_values_PD, (batch.num_patches, batch.pixel_values_PD.shape[1])
+    pixels_PD = own_PD.to(dtype) if mesh.tp_rank == 0 else own_PD.new_empty(shape, dtype=dtype)
+    return replace(batch, pixel_values_PD=send_to_all(pixels_PD, mesh.tp_group))
 
 
 def join(chunks: Sequence[nn.Module]) -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.parallel.collectives import gather_rows, reduce, reduce_scatter, scatter
+from core.parallel.collectives import gather_rows, reduce, reduce_scatter, scatter, send_to_all
 from tests.distributed import run
 
 WHOLE = torch.arange(8.0).view(4, 2)
@@ -19,6 +19,7 @@ class TestForward:
         double = WHOLE * 3  # rank 0 has WHOLE, rank 1 has 2 * WHOLE
         for found in (first, second):
             assert torch.equal(found["reduce"], double)
+            assert torch.equal(found["send_to_all"], WHOLE)
             assert torch.equal(found["gather_rows"], torch.cat([WHOLE, 2 * WHOLE]))
         assert torch.equal(torch.cat([first["reduce_scatter"], second["reduce_scatter"]]), double)
         assert torch.equal(first["scatter"], WHOLE[:2])
@@ -51,7 +52,7 @@ def _group() -> dist.ProcessGroup:
 
 
 def _forward(rank: int) -> dict[str, Tensor]:
-    functions = (reduce, gather_rows, scatter, reduce_scatter)
+    functions = (reduce, gather_rows, scatter, reduce_scatter, send_to_all)
     return {function.__name__: function(WHOLE * (rank + 1), _group()) for function in functions}
 
 

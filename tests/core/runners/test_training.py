@@ -35,11 +35,15 @@ from core.models.batch import PackedBatch
 from core.models.config import Config
 from core.models.hf_folder import inspect_hf_folder
 from core.models.mm_folder import inspect_mm_folder
+from core.models.plan import whole
+from core.parallel.mesh import Mesh
 from core.runners import training
 from core.runners.context import EXIT_STOPPED, InputArtifact, RunContext, Stopped
 from core.specs.parallel import ParallelSpec
 from core.specs.training import TrainingSpec
 from core.storage.local import Store
+from core.training.checkpoint import Position
+from core.training.feeding import build_loader, largest_batch
 from tests.services import wait_until
 from tests.tiny import TinyShape, tiny_model
 from tests.videos import pictures, write_animation
@@ -299,6 +303,20 @@ class TestRun:
             assert runner.wait(60) == EXIT_STOPPED
         assert len(bench.outputs()) == 2
         assert not any(process.is_running() for process in decoders)
+
+
+class TestFeeding:
+    @pytest.mark.parametrize("tp_rank", [0, 1])
+    def test_of_tensor_parallel_ranks_the_first_alone_decodes(self, bench: Bench, tp_rank: int) -> None:
+        dataset, spec, cpu = TokenisedDataset(bench.dataset.path), training_spec(), CpuAccelerator()
+        mesh, stage = Mesh(rank=tp_rank, tp_size=2), whole(bench.config)
+        with build_loader(dataset, spec, mesh, stage, bench.config, cpu, Position()) as loader:
+            batches = list(next(iter(loader)).micro_batches)
+            has_decoded = bool(loader._decoders.pids)
+        for batch in (*batches, largest_batch(dataset, spec, mesh, stage, bench.config, cpu)):
+            assert len(batch.pixel_values_PD) == (batch.num_patches if tp_rank == 0 else 0)
+        assert sum(batch.num_patches for batch in batches) > 0
+        assert has_decoded == (tp_rank == 0)
 
 
 class TestResume:

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ from core.training.lora import Adapters
 from core.training.optimizer import Optimizer
 from core.training.resume import Origin, load_weights
 from core.training.trainer import Outcome, Trainer
-from core.training.wiring import Head, build_pipeline, join, shard_chunks
+from core.training.wiring import Head, build_pipeline, join, reads_pixels, shard_chunks
 
 VOCAB = 96
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
@@ -250,11 +250,18 @@ class Rank:
         chunk = re.match(r"model(\d+)\.", name)
         return global_name(local_name(name), self.own_stages[int(chunk[1]) if chunk else 0])
 
+    def fed(self, batch: PackedBatch) -> PackedBatch:
+        """What the loader gives this rank of a batch: without pixels where others have them."""
+        if reads_pixels(self.own_stages[0], self.mesh):
+            return batch
+        return replace(batch, pixel_values_PD=batch.pixel_values_PD[:0])
+
     def step(self) -> Step:
         case, mesh = self.case, self.mesh
         rows = samples(64, with_images=case.with_images)
         batches = [
-            pack([rows[i] for i in part], self.config, case.loss_reduction) for part in case.micro_batches[mesh.dp_rank]
+            self.fed(pack([rows[i] for i in part], self.config, case.loss_reduction))
+            for part in case.micro_batches[mesh.dp_rank]
         ]
         counts = [rows[i].num_targets for rank in case.micro_batches for part in rank for i in part]
         divisor = total_weight(np.array(counts), case.loss_reduction)
