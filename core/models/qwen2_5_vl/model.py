@@ -272,5 +272,6 @@ def _place_features(embedded_TH: Tensor, features_MH: Tensor, is_media_T: Tensor
     if features_MH.shape[0] == 0:
         # Keeps the encoder in the graph of a text-only batch, so that its parameters get zero gradients instead of none.
         return embedded_TH + features_MH.sum() * 0 if features_MH.requires_grad else embedded_TH
-    feature_T = (is_media_T.cumsum(0) - 1).clamp(0, features_MH.shape[0] - 1)
-    return torch.where(is_media_T[:, None], features_MH[feature_T], embedded_TH)
+    # As integers: what counts on an NPU (aclnnCumsum) takes no booleans.
+    feature_T = (is_media_T.int().cumsum(0, dtype=torch.int32) - 1).clamp(0, features_MH.shape[0] - 1)
+    return torch.where(is_media_T[:, None], features_MH.index_select(0, feature_T), embedded_TH)
