@@ -6,6 +6,7 @@ A question is a held-out row up to its last answer, or a prompt of the user's ow
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from core.data.loader import build_batch
 from core.data.media import ImageProcessing, MediaError, Medium, UnreadableMedia
 from core.data.template import ChatTemplate
 from core.data.video import VideoProcessing, load_medium
+from core.device.sending import send
 from core.inference.generate import Decoding, Prompt, generate, plan_batches
 from core.models.qwen2_5_vl.model import Qwen2_5_VLStage
 
@@ -153,14 +155,18 @@ def mean_loss(
             model.config,
             processing=meta.image_processing,
             videos=meta.video_processing,
-        ).to(model.accelerator.device)
+        )
+        device = model.accelerator.device
+        positions_N = (
+            (batch.targets_T != NO_TARGET).nonzero().squeeze(1)
+        )  # on the host, where nothing waits for its size
         with torch.no_grad():
-            hidden_TH = model(batch)
-            positions_N = (batch.targets_T != NO_TARGET).nonzero().squeeze(1)
-            for positions_C in positions_N.split(LOSS_CHUNK_TOKENS):
-                logits_CV = model.logits(hidden_TH[positions_C]).float()
-                total += F.cross_entropy(logits_CV, batch.targets_T[positions_C], reduction="sum").item()
-            count += len(positions_N)
+            hidden_TH, targets_T, sums = model(batch.to(device)), send(batch.targets_T, device), []
+            for positions_C in send(positions_N, device).split(LOSS_CHUNK_TOKENS):
+                logits_CV = model.logits(hidden_TH.index_select(0, positions_C)).float()
+                sums.append(F.cross_entropy(logits_CV, targets_T.index_select(0, positions_C), reduction="sum"))
+        total += math.fsum(torch.stack(sums).tolist())
+        count += len(positions_N)
     return total / max(count, 1)
 
 

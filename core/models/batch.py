@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from core.device.sending import send
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -49,14 +51,14 @@ class PackedBatch:
         return sum(t * h * w for t, h, w in self.grid_thw)
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on `device`; pinned host memory is copied without waiting."""
+        """The same batch on `device`, sent without waiting."""
         return replace(
             self,
-            input_ids_T=self.input_ids_T.to(device, non_blocking=True),
-            position_ids_3T=self.position_ids_3T.to(device, non_blocking=True),
-            targets_T=self.targets_T.to(device, non_blocking=True),
-            pixel_values_PD=self.pixel_values_PD.to(device, non_blocking=True),
-            weights_T=None if self.weights_T is None else self.weights_T.to(device, non_blocking=True),
+            input_ids_T=send(self.input_ids_T, device),
+            position_ids_3T=send(self.position_ids_3T, device),
+            targets_T=send(self.targets_T, device),
+            pixel_values_PD=send(self.pixel_values_PD, device),
+            weights_T=None if self.weights_T is None else send(self.weights_T, device),
         )
 
     def padded_to(self, multiple: int) -> PackedBatch:

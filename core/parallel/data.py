@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from core.device.sending import send
 from core.parallel.collectives import Pending, start_gather_in_place, start_reduce_scatter_in_place
 
 ALIGNMENT = 32
@@ -267,7 +268,8 @@ def all_reduce_rows(
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     if group is None:
         return torch.tensor([row], dtype=torch.float64)
-    table = torch.zeros(world_size, len(row), dtype=dtype, device=device)
-    table[rank] = torch.tensor(row, dtype=dtype, device=device)
+    table = torch.zeros(world_size, len(row), dtype=dtype)
+    table[rank] = torch.tensor(row, dtype=dtype)
+    table = send(table, device)
     dist.all_reduce(table, op=dist.ReduceOp.SUM, group=group)
-    return table.to("cpu", torch.float64)
+    return table.cpu().double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ from core.training.optimizer import Optimizer
 
 Rows = npt.NDArray[np.int64]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PART = 1 << 24
+"""Elements."""
 
 
 class WrongParametersTrained(AppError):
@@ -31,9 +34,9 @@ class OutOfMemory(AppError):
     status = 507
 
 
-def checksum(tensor: Tensor) -> int:
-    """Sum of a tensor's bits: two tensors of different sums differ."""
-    return int(tensor.detach().contiguous().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64))
+def checksums(tensors: Iterable[Tensor]) -> list[int]:
+    """Sum of each tensor's bits, in one copy from the device: two tensors of different sums differ."""
+    return _values([_sum_of_bits(tensor) for tensor in tensors])
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,9 @@ class FirstStep:
                 f"the first step changed {len(changed)} frozen parameters: {', '.join(changed[:8])}"
             )
         now = _trained(optimizer)
-        with_gradient = [part.name for part, share in optimizer.parts() if bool(part.of(share.gradients).any())]
+        parts = list(optimizer.parts())
+        has_gradient = _values([part.of(share.gradients).any() for part, share in parts])
+        with_gradient = [part.name for (part, _), found in zip(parts, has_gradient, strict=True) if found]
         num_moved = sum(now[name] != self.trained[name] for name in with_gradient)
         if with_gradient and not num_moved:
             raise WrongParametersTrained(
@@ -76,8 +81,23 @@ def largest_micro_batch(plans: list[StepPlan], lengths: Rows, patches: Rows) -> 
 
 
 def _frozen(model: nn.Module) -> dict[str, int]:
-    return {name: checksum(parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return _checksums((name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad)
 
 
 def _trained(optimizer: Optimizer) -> dict[str, int]:
-    return {part.name: checksum(part.of(share.master)) for part, share in optimizer.parts()}
+    return _checksums((part.name, part.of(share.master)) for part, share in optimizer.parts())
+
+
+def _checksums(named: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    named = list(named)
+    return dict(zip((name for name, _ in named), checksums(tensor for _, tensor in named), strict=True))
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """Part by part: to be summed as int64, a tensor is first copied as such."""
+    bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()])
+    return torch.stack([part.sum(dtype=torch.int64) for part in bits.split(_PART)]).sum()
+
+
+def _values(scalars: list[Tensor]) -> list[int]:
+    return torch.stack(scalars).tolist() if scalars else []

@@ -287,4 +287,4 @@ def _has_fused_adamw(weights: Tensor) -> bool:
 def _squared_norm(gradients: list[Tensor]) -> float:
     """Return the squared 2-norm of all together, accumulated in float64 over float32 parts; waits for the device once."""
     norms = [torch.linalg.vector_norm(part) for tensor in gradients for part in tensor.split(1 << 22)]
-    return float(torch.stack(norms).to("cpu", torch.float64).square().sum()) if norms else 0.0
+    return float(torch.stack(norms).cpu().double().square().sum()) if norms else 0.0

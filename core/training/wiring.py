@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from core.device.base import Accelerator
+from core.device.sending import send
 from core.models.batch import PackedBatch
 from core.models.config import Config
 from core.models.plan import Plan, Stage
@@ -51,10 +52,10 @@ class Head:
             positions_N = torch.arange(len(positions_N))
         result = loss_and_gradient(
             hidden_TH,
-            targets_T.to(self.device),
-            positions_N.to(self.device),
+            send(targets_T, self.device),
+            send(positions_N, self.device),
             self.model.logits,
-            weights_T=None if weights_T is None else weights_T.to(self.device),
+            weights_T=None if weights_T is None else send(weights_T, self.device),
             tp_group=group,
         )
         self.losses.append(result.loss_sum)
@@ -93,7 +94,7 @@ def build_pipeline(
         return output
 
     def trimmed(chunk: nn.Module, batch: PackedBatch, incoming: Tensor | None = None) -> Tensor:
-        rows_N = target_positions(batch.targets_T).to(accelerator.device)
+        rows_N = send(target_positions(batch.targets_T), accelerator.device)
         output: Tensor = chunk(batch.to(accelerator.device), incoming, rows_N=rows_N)
         return output
 

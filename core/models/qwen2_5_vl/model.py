@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from core.device.base import Accelerator
+from core.device.sending import send
 from core.models.batch import PackedBatch
 from core.models.config import Config, TextConfig, VisionConfig
 from core.models.layers.blocks import AttentionContext, RMSNorm, TransformerLayer
@@ -124,11 +125,11 @@ class ImageEncoder(nn.Module):
         )
         device = batch.pixel_values_PD.device
         if self.encoder.patch_embed is not None:
-            patches_PV = self.encoder.patch_embed(batch.pixel_values_PD)[layout.order_P.to(device)]
+            patches_PV = self.encoder.patch_embed(batch.pixel_values_PD).index_select(0, send(layout.order_P, device))
         assert patches_PV is not None, "a later vision stage needs the patches of the one before"
 
         head_dim = self.config.hidden_size // self.config.num_heads
-        cos_PD, sin_PD = vision_tables(layout.positions_P2.to(device), head_dim=head_dim)
+        cos_PD, sin_PD = vision_tables(send(layout.positions_P2, device), head_dim=head_dim)
         selective = self.recompute.granularity == "selective" and torch.is_grad_enabled()
         layers = [
             partial(
@@ -146,7 +147,7 @@ class ImageEncoder(nn.Module):
         patches_PV = run_layers(layers, patches_PV, self.recompute)
         if self.projector is None:
             return patches_PV
-        return self.projector(patches_PV)[layout.restore_M.to(device)]
+        return self.projector(patches_PV).index_select(0, send(layout.restore_M, device))
 
     def _nothing(self) -> Tensor:
         width = self.config.hidden_size if self.projector is None else self.config.out_hidden_size

@@ -8,7 +8,7 @@ import torch
 
 from core.data.plan import StepPlan
 from core.specs.training import FreezeSpec
-from core.training.checks import FirstStep, WrongParametersTrained, checksum, largest_micro_batch
+from core.training.checks import FirstStep, WrongParametersTrained, checksums, largest_micro_batch
 from tests.core.training.tiny import Case, Rank
 
 FROZEN = Case(frozen=FreezeSpec())
@@ -43,9 +43,9 @@ class TestFirstStep:
 class TestChecksum:
     def test_one_bit_changes_it(self) -> None:
         tensor = torch.ones(8, dtype=torch.bfloat16)
-        before = checksum(tensor)
+        before = checksums([tensor])
         tensor.view(torch.int16)[3] ^= 1
-        assert checksum(tensor) != before
+        assert checksums([tensor]) != before
 
 
 class TestLargestMicroBatch:

@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from core.conversion.mm import rank_dir
 from core.data.loader import TARGET_WEIGHT, LoadedStep, LossReduction, total_weight
 from core.data.plan import plan_step
+from core.device import Accelerator
 from core.device.cpu import CpuAccelerator
 from core.models.batch import PackedBatch
 from core.models.config import Config, TextConfig, VisionConfig
@@ -40,6 +41,7 @@ from core.training.resume import Origin, load_weights
 from core.training.trainer import Outcome, Trainer
 from core.training.wiring import Head, build_pipeline, join, reads_pixels, shard_chunks
 
+CPU = CpuAccelerator()
 VOCAB = 96
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
 PATCH_DIM = 3 * 2 * 14 * 14
@@ -146,7 +148,7 @@ def pack(rows: Sequence[Sample], config: Config, reduction: LossReduction = "tok
 def whole_model(config: Config, *, seed: int = 0, recompute: Recompute | None = None) -> Qwen2_5_VLStage:
     """The model in one piece with seeded weights; the output matrix is the embedding where they are tied."""
     torch.manual_seed(seed)
-    return Qwen2_5_VLStage(config, whole(config), accelerator=CpuAccelerator(), recompute=recompute)
+    return Qwen2_5_VLStage(config, whole(config), accelerator=CPU, recompute=recompute)
 
 
 def global_name(name: str, stage: Stage) -> str:
@@ -155,11 +157,13 @@ def global_name(name: str, stage: Stage) -> str:
     return re.sub(r"layers\.(\d+)\.", lambda found: f"layers.{int(found[1]) + first}.", name)
 
 
-def stage_model(config: Config, stage: Stage, *, recompute: Recompute | None = None) -> Qwen2_5_VLStage:
-    """One stage with the weights that the whole model has there."""
+def stage_model(
+    config: Config, stage: Stage, *, recompute: Recompute | None = None, accelerator: Accelerator = CPU
+) -> Qwen2_5_VLStage:
+    """One stage with the weights that the whole model has there, on the host."""
     weights = dict(whole_model(config).state_dict())
     weights.setdefault("text_decoder.output_layer.weight", weights["text_decoder.embedding.word_embeddings.weight"])
-    model = Qwen2_5_VLStage(config, stage, accelerator=CpuAccelerator(), recompute=recompute)
+    model = Qwen2_5_VLStage(config, stage, accelerator=accelerator, recompute=recompute)
     model.load_state_dict({name: weights[global_name(name, stage)] for name in model.state_dict()})
     return model
 
@@ -215,8 +219,16 @@ class Step:
 class Rank:
     """One rank of a case, ready to step."""
 
-    def __init__(self, case: Case, optimizer: OptimizerSpec | None = None) -> None:
-        self.case, self.config = case, tiny_config(tied=case.tied)
+    def __init__(
+        self,
+        case: Case,
+        optimizer: OptimizerSpec | None = None,
+        *,
+        accelerator: Accelerator = CPU,
+        move: Callable[[nn.Module], None] = lambda _: None,
+    ) -> None:
+        """`move` puts a model's parameters on the accelerator."""
+        self.case, self.config, self.accelerator = case, tiny_config(tied=case.tied), accelerator
         self.stages = stages(self.config, case.layout)
         ends = [stage for stage in self.stages if stage.has_embedding or stage.has_output]
         self.mesh: Mesh = build_mesh(
@@ -226,7 +238,12 @@ class Rank:
             tied_stages=[stage.index % case.pp for stage in ends] if case.tied else (),
         )
         self.own_stages = self.stages[self.mesh.pp_rank :: case.pp]
-        chunks = [stage_model(self.config, stage, recompute=case.recompute).to(case.dtype) for stage in self.own_stages]
+        chunks = [
+            stage_model(self.config, stage, recompute=case.recompute, accelerator=accelerator).to(case.dtype)
+            for stage in self.own_stages
+        ]
+        for chunk in chunks:
+            move(chunk)
         self.model: nn.Module = join(chunks)
         freeze(self.model, case.frozen, all_weights=bool(case.lora))
         held = shard_chunks(chunks, PLAN, self.mesh)
@@ -239,7 +256,6 @@ class Rank:
                 parameters[name].data.copy_(value)
         spec = optimizer or SMOOTH.model_copy(update={"clip_grad": case.clip_grad})
         self.optimizer = Optimizer(self.model, spec, self.mesh, held=held, bucket_bytes=SMALL_BUCKET)
-        accelerator = CpuAccelerator()
         # The case of one rank, which the others are compared with, computes every position.
         trims = self.mesh.tp_group is None and (case.world_size > 1 or case.recompute is not None)
         self.head = Head(chunks[-1], accelerator.device, self.mesh, targets_only=trims)
@@ -359,7 +375,7 @@ def make_trainer(
     return Trainer(
         spec=spec,
         mesh=mesh,
-        accelerator=CpuAccelerator(),
+        accelerator=rank.accelerator,
         model=rank.model,
         pipeline=rank.pipeline,
         head=rank.head,
