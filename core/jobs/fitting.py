@@ -1,4 +1,4 @@
-"""Whether a training fits its devices, and what would: the memory of each rank from the spec and the config alone."""
+"""Whether a training fits its devices, and what would: memory of each rank and space on disk, from the spec and the config alone."""
 
 from __future__ import annotations
 
@@ -45,6 +45,26 @@ def memory_per_rank(spec: TrainingSpec, config: Config, device_bytes: int, *, fu
         _rank_memory(spec, config, rank, split[rank :: parallel.pp_size], device_bytes, fused)
         for rank in range(parallel.pp_size)
     ]
+
+
+def disk_bytes(spec: TrainingSpec, ranks: Sequence[RankMemory]) -> int:
+    """Most space that a training's checkpoints and artifacts take at a time, from the memory of its pipeline ranks.
+
+    While a checkpoint is written, the `keep_last` before it are still there. Artifacts are hard links to the last ones; with
+    adapters the checkpoints hold those alone, and the merged model and PEFT's folders are written beside them at the end.
+    """
+    wanted, tp = spec.checkpoint, spec.parallel.tp_size
+    width, states = (2, 12) if spec.precision == "bf16" else (4, 8)
+    trained = sum(rank.trained_parameters for rank in ranks) * tp
+    everything = sum(rank.parameters for rank in ranks) * tp
+    weights = (trained if spec.lora else everything) * width
+    each = weights + (trained * states if wanted.save_optim else 0)
+    written = -(-spec.train_iters // (wanted.save_interval or spec.train_iters))
+    while_training = min(written, wanted.keep_last + 1) * each
+    if spec.lora is None:
+        return while_training
+    published = (everything - trained) * width + min(written, wanted.keep_last) * (each + weights)
+    return max(while_training, published)
 
 
 def suggestions(

@@ -24,6 +24,7 @@ from core.jobs.fitting import (
     GIB,
     RankMemory,
     check_recompute,
+    disk_bytes,
     lora_of,
     lora_suggestion,
     memory_per_rank,
@@ -90,7 +91,9 @@ class Plan(BaseModel):
     resources: Resources
     inputs: list[PlannedInput]
     steps: int | None = Field(None, description="Optimizer steps of a training.")
-    disk_bytes: int | None = Field(None, description="Size of what it writes, where it can be told.")
+    disk_bytes: int | None = Field(
+        None, description="Most space that what it writes takes at a time, where it can be told."
+    )
     memory_per_rank: list[RankMemory] = []
     device_memory_bytes: int | None = Field(None, description="Memory of a device that `fits` is against.")
     suggestions: list[str] = Field([], description="Where a rank does not fit: changes of the spec with which all do.")
@@ -352,12 +355,9 @@ class Planner:
         _require_model("spec.model", config)
         stages(config, spec.parallel)
         check_recompute(spec, config)
-        lora = lora_of(spec, config)
+        lora_of(spec, config)  # refuses what has no effect
         self._memory(spec, config, plan)
-        if model.size_bytes is not None:
-            kept = sum(rank.trained_parameters for rank in plan.memory_per_rank) * 2 if lora else model.size_bytes
-            factor = 1 + (6 if spec.checkpoint.save_optim else 0)
-            plan.disk_bytes = model.size_bytes + factor * kept * spec.checkpoint.keep_last
+        plan.disk_bytes = disk_bytes(spec, plan.memory_per_rank)
 
     def _memory(self, spec: TrainingSpec, config: Config, plan: Plan) -> None:
         """Predict each rank's peak, and say what would fit if it does not."""

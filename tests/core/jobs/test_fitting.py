@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from core.errors import InvalidSpec
-from core.jobs.fitting import GIB, check_recompute, lora_suggestion, memory_per_rank, suggestions
+from core.jobs.fitting import GIB, check_recompute, disk_bytes, lora_suggestion, memory_per_rank, suggestions
 from core.models.qwen2_5_vl.family import SIZES
 from core.specs.training import LoraSpec, TrainingSpec
 from tests.core.training.tiny import tiny_config, training_spec
@@ -76,3 +76,27 @@ class TestMemory:
         assert adapted.gradients_bytes == 4 * adapted.trained_parameters
         assert lora_suggestion(whole, config, 64 * GIB) == ["lora on all linear layers, which trains adapters alone"]
         assert lora_suggestion(whole, config, GIB) == lora_suggestion(lora, config, 64 * GIB) == []
+
+
+class TestDisk:
+    def test_one_more_than_the_kept_while_a_new_one_is_written_but_no_more_than_are_made(self) -> None:
+        def needed(**checkpoint: object) -> int:
+            spec = spec_of(precision="bf16", train_iters=10, checkpoint=checkpoint)
+            return disk_bytes(spec, memory_per_rank(spec, CONFIG, 1))
+
+        one = needed(save_optim=True)
+        assert needed(save_interval=10, keep_last=3) == one
+        assert needed(save_interval=5, keep_last=3) == 2 * one
+        assert needed(save_interval=1, keep_last=3) == 4 * one
+        assert needed(save_interval=1, keep_last=3, save_optim=False) < one
+
+    def test_adapters_are_small_and_the_merged_model_comes_at_the_end(self) -> None:
+        config = SIZES["7B"]
+        layout = {"llm_pp_layers": [[28]], "vit_pp_layers": [[32]]}
+        frozen = {"vision_encoder": True, "vision_projector": True}
+        spec = spec_of(
+            parallel=layout, precision="bf16", lora=LoraSpec(r=16), freeze=frozen, checkpoint={"save_interval": 1}
+        )
+        (rank,) = memory_per_rank(spec, config, 64 * GIB)
+        whole = (rank.parameters - rank.trained_parameters) * 2
+        assert whole < disk_bytes(spec, [rank]) < whole * 1.02

@@ -31,6 +31,7 @@ from core.errors import (
     InvalidDataset,
     InvalidSpec,
 )
+from core.jobs.fitting import disk_bytes, memory_per_rank
 from core.models.batch import PackedBatch
 from core.models.config import Config
 from core.models.hf_folder import inspect_hf_folder
@@ -42,6 +43,7 @@ from core.runners.context import EXIT_STOPPED, InputArtifact, RunContext, Stoppe
 from core.specs.parallel import ParallelSpec
 from core.specs.training import TrainingSpec
 from core.storage.local import Store
+from core.training import checkpoint
 from core.training.checkpoint import Position
 from core.training.feeding import build_loader, largest_batch
 from tests.services import wait_until
@@ -210,6 +212,12 @@ def training_spec(parallel: dict[str, Any] = WHOLE, **changes: Any) -> TrainingS
     return TrainingSpec.model_validate(values)
 
 
+def used_bytes(folder: Path) -> int:
+    """Bytes of the files below a folder, each inode once."""
+    found = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum({stat.st_ino: stat.st_size for stat in found}.values())
+
+
 class TestRun:
     def test_publishes_the_final_checkpoint_and_the_kept_ones(self, bench: Bench) -> None:
         training.run(bench.context(spec := training_spec()), spec)
@@ -225,6 +233,25 @@ class TestRun:
             "family": "qwen2_5_vl", "parallel": {"tp_size": 1, **WHOLE}, "canonical": False, "dtype": "float32",
             "iteration": 4,
         }  # fmt: skip
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_takes_the_disk_space_that_its_plan_says(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch, precision: str
+    ) -> None:
+        spec = training_spec(precision=precision, checkpoint={"save_interval": 1, "keep_last": 2})
+        ctx = bench.context(spec)
+        most, remove = 0, checkpoint._remove
+
+        def removed(path: Path) -> None:
+            nonlocal most
+            most = max(most, used_bytes(ctx.job_dir / "checkpoints"))
+            remove(path)
+
+        monkeypatch.setattr(checkpoint, "_remove", removed)
+        training.run(ctx, spec)
+        planned = disk_bytes(spec, memory_per_rank(spec, bench.config, 1))
+        assert most == pytest.approx(planned, rel=0.05)
+        assert used_bytes(bench.store.root / "artifacts") == pytest.approx(planned * 2 / 3, rel=0.1)
 
     def test_tells_metrics_progress_and_what_is_trained(self, bench: Bench) -> None:
         spec = training_spec(freeze={"vision_encoder": True, "vision_projector": False})
