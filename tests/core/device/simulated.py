@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -218,6 +219,12 @@ def move(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             module._parameters[name] = nn.Parameter(DeviceTensor(parameter.detach().clone()))
+
+
+def speak(group: dist.ProcessGroup) -> None:
+    """Let ranks send each other tensors of the device, as those of the host are sent."""
+    gloo = group._get_backend(torch.device("cpu"))
+    group._register_backend(DEVICE, dist.ProcessGroup.BackendType.GLOO, gloo)
 
 
 def _held(x: Any) -> Any:
