@@ -1,7 +1,8 @@
 """Ascend NPUs over HCCL: the only file that imports torch_npu.
 
 Simulated only: no NPU was at hand. The calls follow the signatures and limits documented in torch_npu 2.7.1
-(`torch_npu/_op_plugin_docs.py`); the tests run them against a stand-in with those signatures.
+(`torch_npu/_op_plugin_docs.py`); the tests run them against a stand-in with those signatures (`tests/core/device/torch_npu.py`), alone and
+in whole training steps on a simulated device.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.data.plan import PATCH_COST, StepPlan
+from core.device.failing import is_out_of_memory
 from core.errors import AppError
 from core.training.optimizer import Optimizer
 
@@ -28,10 +30,24 @@ class WrongParametersTrained(AppError):
 
 
 class OutOfMemory(AppError):
-    """The largest micro-batch does not fit the device."""
+    """A micro-batch does not fit the device."""
 
     code = "out_of_memory"
     status = 507
+
+
+@contextmanager
+def out_of_memory_told(what: str) -> Iterator[None]:
+    """Name what did not fit the device. Raises OutOfMemory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"{what} does not fit the device: {error}",
+            hint="use recompute, a smaller micro_batch_size × seq_length, or more tp or pp",
+        ) from error
 
 
 def checksums(tensors: Iterable[Tensor]) -> list[int]:

@@ -29,7 +29,7 @@ from core.parallel.mesh import Mesh
 from core.parallel.pipeline import Pipeline
 from core.specs.training import TrainingSpec
 from core.training.checkpoint import Checkpoints, Facts, Position
-from core.training.checks import FirstStep, OutOfMemory
+from core.training.checks import FirstStep, out_of_memory_told
 from core.training.contents import Contents
 from core.training.heartbeat import Heartbeat
 from core.training.lora import adapter_weights
@@ -154,19 +154,12 @@ class Trainer:
 
         As many times as the pipeline has stages, so that it fills. Raises OutOfMemory.
         """
-        try:
+        sizes = f"{batch.num_tokens} tokens, {batch.num_patches} patches"
+        with out_of_memory_told(f"the largest micro-batch ({sizes})"):
             self.pipeline.run([batch] * self.mesh.pp_size)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"the largest micro-batch ({batch.num_tokens} tokens, {batch.num_patches} patches) does not fit the "
-                f"device: {error}",
-                hint="use recompute, a smaller micro_batch_size × seq_length, or more tp or pp",
-            ) from error
         self.head.take()
         self.optimizer.clear_gradients()
-        self.reporter.log.info(
-            "the largest micro-batch fits: %d tokens, %d patches", batch.num_tokens, batch.num_patches
-        )
+        self.reporter.log.info("the largest micro-batch fits: %s", sizes)
         self.meters.restart()
 
     def save(self, *, in_background: bool = True) -> None:
@@ -210,7 +203,10 @@ class Trainer:
         rows = self._own_rows(step)
         self._at("compute", rows)
         self.optimizer.clear_gradients()
-        self.pipeline.run(batches, last_pass=self.optimizer.last_pass)
+        with out_of_memory_told(
+            f"a micro-batch of iteration {self.facts.position.iteration + 1}, rows {_listed(rows)},"
+        ):
+            self.pipeline.run(batches, last_pass=self.optimizer.last_pass)
         self._at("reduce", rows)
         self.optimizer.reduce_gradients()
         everyone = self._exchange(self.head.take(), batches, wait_s)

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from core.errors import AppError, NonFiniteLoss
+from core.models.batch import PackedBatch
 from core.models.flops import model_flops
 from core.specs.events import TRAINING_METRICS
 from core.training import checkpoint
-from core.training.trainer import MAX_SKIPPED, Outcome
+from core.training.checks import OutOfMemory
+from core.training.trainer import MAX_SKIPPED, Outcome, Trainer
 from tests.core.training.tiny import (
     Case,
     Notes,
@@ -26,6 +28,7 @@ from tests.core.training.tiny import (
     pack,
     samples,
     steps,
+    tiny_config,
     train,
     training_spec,
 )
@@ -122,6 +125,25 @@ class TestRehearsal:
         trainer.train(steps(trainer, rank.config))
         assert notes.metrics[2]["loss"] == plain.metrics[2]["loss"]
         assert all(torch.equal(tensor, plain.weights[name]) for name, tensor in rank.model.state_dict().items())
+
+    def test_what_does_not_fit_is_named(self, tmp_path: Path) -> None:
+        trainer, batch = self.without_memory(tmp_path)
+        with pytest.raises(
+            OutOfMemory, match=rf"^the largest micro-batch \({batch.num_tokens} tokens, 16 patches\) does not fit"
+        ):
+            trainer.rehearse(batch)
+
+    def test_so_it_is_in_a_later_step(self, tmp_path: Path) -> None:
+        trainer, _ = self.without_memory(tmp_path)
+        with pytest.raises(OutOfMemory, match=r"^a micro-batch of iteration 1, rows \d+, \d+, \d+, \d+, does not fit"):
+            trainer.train(steps(trainer, tiny_config()))
+
+    def without_memory(self, folder: Path) -> tuple[Trainer, PackedBatch]:
+        """A trainer whose head asks for more memory than there is, and a batch."""
+        rank = Rank(Case())
+        trainer = make_trainer(rank, training_spec(), folder, Notes())
+        trainer.pipeline.head = lambda hidden_TH, _: hidden_TH.new_empty(1 << 50)
+        return trainer, pack(samples(2), rank.config)
 
 
 class TestStop:
