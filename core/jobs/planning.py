@@ -162,6 +162,8 @@ class Planner:
                 self._training(spec, subjects, plan)
             case EvaluationSpec():
                 self._evaluation(spec, subjects)
+        if plan.disk_bytes is not None and plan.disk_bytes > (free := self.store.free_bytes()):
+            plan.risks.append(f"it writes {plan.disk_bytes} bytes at its peak, {free} are free in the store")
         return plan
 
     def _subject(self, kind: str, name: str, ref: ArtifactRef) -> Subject:

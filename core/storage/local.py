@@ -25,6 +25,10 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    def free_bytes(self) -> int:
+        """Room that is left where the store is, or will be."""
+        return shutil.disk_usage(next(path for path in (self.root, *self.root.parents) if path.exists())).free
+
     def artifact_dir(self, artifact_id: str) -> Path:
         """Folder of a published artifact."""
         return self.root / "artifacts" / artifact_id
