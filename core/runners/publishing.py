@@ -1,9 +1,11 @@
-"""A training's kept checkpoints become artifacts."""
+"""A training's kept checkpoints become artifacts, and its curves however it ends."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,9 +42,31 @@ def publish(ctx: RunContext, checkpoints: Checkpoints, *, finished: bool, metada
             raise
 
 
-def publish_folder(ctx: RunContext, folder: Path, name: str, *, kind: str) -> None:
-    """Make an artifact of a folder as it is now."""
-    writer = ctx.new_artifact(name, kind)
+@contextmanager
+def curves(ctx: RunContext) -> Iterator[None]:
+    """Publish the TensorBoard files at the end, also of a training that fails: then above all one looks at its loss."""
+    try:
+        yield
+    except Exception:
+        publish_curves_if_possible(ctx)
+        raise
+    publish_curves(ctx)
+
+
+def publish_curves_if_possible(ctx: RunContext) -> None:
+    """The same on the way out of an error, which is what has to be told."""
+    try:
+        publish_curves(ctx)
+    except Exception as error:  # noqa: BLE001  whatever the disk does now
+        ctx.log.warning("the TensorBoard files are not published: %s", error)
+
+
+def publish_curves(ctx: RunContext) -> None:
+    """Make an artifact of the TensorBoard files of all attempts as they are now, where there are any (rank 0)."""
+    folder = ctx.job_dir / "tensorboard"
+    if not ctx.is_main or not folder.is_dir():
+        return
+    writer = ctx.new_artifact("tensorboard", "report")
     try:
         shutil.copytree(folder, writer.path, dirs_exist_ok=True)
         writer.commit({})

@@ -37,7 +37,7 @@ from core.models.plan import Stage, stages
 from core.models.registry import Family, detect
 from core.parallel.mesh import Mesh, build_mesh
 from core.runners.context import InputArtifact, RunContext, Stopped
-from core.runners.publishing import publish, publish_adapted, publish_folder
+from core.runners.publishing import curves, publish, publish_adapted, publish_curves_if_possible
 from core.runners.ranks import errors_of_other_ranks, process_group
 from core.settings import Settings
 from core.specs.parallel import ParallelSpec
@@ -66,6 +66,7 @@ def run(ctx: RunContext, spec: TrainingSpec) -> None:
         Heartbeat(
             ctx.attempt_dir / "heartbeats", ctx.rank, fail=partial(_end, ctx), limit_s=settings.stall_limit_s
         ) as heartbeat,
+        curves(ctx),
     ):
         outcome = _train(ctx, spec, accelerator, heartbeat, settings)
     if outcome is Outcome.STOPPED:
@@ -154,8 +155,6 @@ def _train(
         publish_adapted(ctx, spec, trainer, adapters, metadata=metadata, probe=probe)
     elif mesh.rank == 0:
         publish(ctx, checkpoints, finished=finished, metadata=metadata)
-    if trainer.tensorboard is not None:
-        publish_folder(ctx, ctx.job_dir / "tensorboard", "tensorboard", kind="report")
     if finished and mesh.rank == 0:  # nothing resumes from here any more; the artifacts hold the same files
         shutil.rmtree(ctx.job_dir / "checkpoints")
     return outcome
@@ -177,6 +176,7 @@ def _end(ctx: RunContext, error: AppError) -> None:
     """Tell the job's error and end this process; its main thread waits for something that does not come."""
     ctx.log.error("%s: %s", error.code, error.message)
     ctx.failed(error)
+    publish_curves_if_possible(ctx)
     end_process()
 
 

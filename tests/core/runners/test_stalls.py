@@ -63,6 +63,7 @@ def test_the_job_fails_and_names_rank_step_phase_and_rows_with_all_stacks_in_the
     assert error["code"] == "stalled"
     assert f"rank 1 is furthest behind, in step {step}, data, rows {row}" in error["message"]
     assert len(bench.losses()) == step - 1
+    assert set(bench.outputs()) == {"tensorboard"}
     for rank in (0, 1):
         assert f"the stacks of rank {rank}" in log
         beat = json.loads((bench.store.attempt_dir("job_a", 1) / f"heartbeats/rank_{rank}.json").read_text())

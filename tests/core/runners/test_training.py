@@ -27,6 +27,7 @@ from core.data.video import VideoProcessing, load_medium
 from core.device.cpu import CpuAccelerator
 from core.errors import (
     CorruptCheckpoint,
+    DiskFull,
     IncompatiblePlan,
     InvalidDataset,
     InvalidSpec,
@@ -44,7 +45,7 @@ from core.specs.parallel import ParallelSpec
 from core.specs.training import TrainingSpec
 from core.storage.local import Store
 from core.training import checkpoint
-from core.training.checkpoint import Position
+from core.training.checkpoint import Checkpoints, Position
 from core.training.feeding import build_loader, largest_batch
 from tests.services import wait_until
 from tests.tiny import TinyShape, tiny_model
@@ -317,6 +318,18 @@ class TestRun:
         with pytest.raises(Stopped):
             training.run(ctx, spec)
         assert set(bench.outputs()) == {"checkpoint-0000001", "tensorboard"}
+
+    def test_a_training_that_fails_publishes_its_curves(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object, **__: object) -> None:
+            raise DiskFull("no room")
+
+        monkeypatch.setattr(Checkpoints, "save", full)
+        ctx = bench.context(spec := training_spec())
+        with pytest.raises(DiskFull):
+            training.run(ctx, spec)
+        assert set(bench.outputs()) == {"tensorboard"}
+        (file,) = bench.outputs()["tensorboard"].iterdir()
+        assert file.read_bytes().count(b"lm loss") == 2
 
     def test_term_to_the_process_group_stops_training_not_its_decoders(self, bench: Bench) -> None:
         attempt_dir = bench.described(training_spec(train_iters=100_000, checkpoint={}))
