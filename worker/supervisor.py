@@ -26,7 +26,7 @@ from core.clock import utcnow
 from core.db.models import Attempt, Job, Lease, Node
 from core.db.session import Database
 from core.errors import AppError, InvalidTransition
-from core.jobs import queue, repository
+from core.jobs import queue, repository, service
 from core.jobs.inputs import resolve_inputs
 from core.jobs.lifecycle import JobState, transition
 from core.settings import Settings
@@ -253,6 +253,7 @@ class Supervisor:
 
     def _finish(self, code: int | None, refusal: AppError | None) -> None:
         """Ship the rest and record the outcome; try again while the database is away and the lease holds."""
+        surplus: list[str] = []
         while True:
             try:
                 self.shipper.ship(drain=True)
@@ -260,10 +261,13 @@ class Supervisor:
                     lease.state, lease.exit_code = "released", code
                     if self.task.leader:
                         self._conclude(session, code, refusal)
+                        surplus = service.drop_surplus(session, session.get_one(Job, self.task.job_id))
                 break
             except SQLAlchemyError as error:
                 self._tolerate(error)
         queue.kick(self.settings)
+        for artifact_id in surplus:
+            self.store.delete(artifact_id)
 
     def _conclude(self, session: Session, code: int | None, refusal: AppError | None) -> None:
         job = session.get_one(Job, self.task.job_id, with_for_update=True)

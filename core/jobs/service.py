@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from core.clock import utcnow
@@ -14,7 +14,7 @@ from core.errors import Conflict, NotFound, OverLimit
 from core.ids import new_id
 from core.jobs.inspection import inspect_folder
 from core.jobs.lifecycle import FINISHED, JobState, append_events, transition
-from core.jobs.planning import Plan, Planner, need_of
+from core.jobs.planning import Plan, Planner, main_output, need_of
 from core.jobs.principal import Principal
 from core.settings import Settings
 from core.specs.request import JobRequest
@@ -189,8 +189,7 @@ def adopt(
 
 def delete_artifact(session: Session, artifact: Artifact) -> None:
     """Mark an artifact as deleted; the caller removes its files after the commit. Refused while something needs it."""
-    users = [*_jobs_naming(session, artifact), *_jobs_using_output(session, artifact)]
-    if users:
+    if users := _users(session, artifact):
         raise Conflict(
             f"artifact {artifact.id} is used by job {users[0]}, which has not finished", hint="cancel that job first"
         )
@@ -203,11 +202,42 @@ def delete_artifact(session: Session, artifact: Artifact) -> None:
     artifact.deleted_at = utcnow()
 
 
+def drop_surplus(session: Session, job: Job) -> list[str]:
+    """Mark as deleted what the attempts of a training left beyond `keep_last`, and return it; the caller removes the files after the commit.
+
+    Of checkpoints, and of adapters, the highest iterations stay, and of one iteration the newest; of the curves the newest. What an
+    unfinished job uses stays too.
+    """
+    if job.kind != "training":
+        return []
+    made: dict[str, dict[int, list[Artifact]]] = {}
+    for artifact in session.scalars(
+        select(Artifact)
+        .where(Artifact.job_id == job.id, Artifact.deleted_at.is_(None))
+        .order_by(Artifact.created_at, Artifact.id)
+    ):
+        of_iteration = made.setdefault(artifact.kind, {}).setdefault(artifact.meta.get("iteration", 0), [])
+        of_iteration.append(artifact)
+    dropped = []
+    for iterations in made.values():
+        kept = sorted(iterations)[-job.spec["checkpoint"]["keep_last"] :]
+        surplus = [artifact for number, of in iterations.items() for artifact in (of[:-1] if number in kept else of)]
+        dropped += [artifact for artifact in surplus if not _users(session, artifact)]
+    for artifact in dropped:
+        artifact.deleted_at = utcnow()
+    return [artifact.id for artifact in dropped]
+
+
 def _first_state(session: Session, job_id: str) -> JobState:
     states = session.scalars(
         select(Job.state).join(JobInput, JobInput.source_job_id == Job.id).where(JobInput.job_id == job_id)
     ).all()
     return JobState.QUEUED if all(state == JobState.SUCCEEDED.value for state in states) else JobState.WAITING
+
+
+def _users(session: Session, artifact: Artifact) -> Sequence[str]:
+    """The unfinished jobs that read it."""
+    return [*_jobs_naming(session, artifact), *_jobs_using_output(session, artifact)]
 
 
 def _jobs_naming(session: Session, artifact: Artifact) -> Sequence[str]:
@@ -221,10 +251,14 @@ def _jobs_naming(session: Session, artifact: Artifact) -> Sequence[str]:
 def _jobs_using_output(session: Session, artifact: Artifact) -> Sequence[str]:
     if artifact.job_id is None:
         return []
+    job = session.get_one(Job, artifact.job_id)
+    is_meant = JobInput.output == artifact.name
+    if artifact.name == main_output(job.kind, job.spec):
+        is_meant = or_(is_meant, JobInput.output.is_(None))
     return session.scalars(
         select(Job.id)
         .join(JobInput, JobInput.job_id == Job.id)
-        .where(JobInput.source_job_id == artifact.job_id, Job.state.in_(_LIVE))
+        .where(JobInput.source_job_id == artifact.job_id, is_meant, Job.state.in_(_LIVE))
     ).all()
 
 

@@ -372,6 +372,32 @@ class TestChains:
                 )
 
 
+class TestDropSurplus:
+    def test_of_all_attempts_the_last_checkpoints_and_the_newest_curves_stay_and_what_is_used(
+        self, database: Database, settings: Settings
+    ) -> None:
+        with database.write() as session:
+            spec = training_spec(hf_7b(session), add_artifact(session, "dataset"), checkpoint={"keep_last": 2})
+            job = submit(session, settings, "training", spec)
+
+            def made(name: str, kind: str = "mm_checkpoint", **metadata: Any) -> Artifact:
+                return add_artifact(session, kind, metadata, name=name, job_id=job.id)
+
+            first = [made(f"checkpoint-00000{number}", iteration=number) for number in (30, 40, 50)]
+            first += [made("tensorboard", "report")]
+            used = {"operation": "mm_to_hf", "source": {"job": job.id, "output": "checkpoint-0000040"}}
+            submit(session, settings, "conversion", {**used, "hf_source": spec["model"]})
+            submit(session, settings, "training", {**spec, "model": {"job": job.id}})
+            second = [made("checkpoint-0000050", iteration=50), made("checkpoint", iteration=60)]
+            second += [made("tensorboard", "report")]
+
+            assert service.drop_surplus(session, job) == [first[0].id, first[2].id, first[3].id]
+            assert {item.id for item in repository.outputs(session, job.id)} == {
+                item.id for item in [first[1], *second]
+            }
+            assert service.drop_surplus(session, job) == []
+
+
 class TestCancelAndRetry:
     @pytest.fixture
     def job_id(self, database: Database, settings: Settings) -> str:
