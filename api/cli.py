@@ -180,7 +180,8 @@ def submit(
                 raise
             if not as_json:
                 out.print(f"{jobs[-1].id}  {jobs[-1].kind}  {escape(jobs[-1].name or '')}", highlight=False)
-                _print_risks(client, jobs[-1], following=follow)
+                if not follow:  # where they come with the other events
+                    _print_risks(jobs[-1])
         if follow:
             jobs = _follow_all(client, jobs)
         if as_json:
@@ -507,15 +508,10 @@ def _follow_all(client: Client, jobs: list[Job]) -> list[Job]:
         raise typer.Exit(130) from None
 
 
-def _print_risks(client: Client, job: Job, *, following: bool) -> None:
-    """Why the job may fail when it runs, which the server says in the job's history."""
-    if following:
-        return  # it comes with the other events
-    for event in client.history(job.id):
-        if event.type == "warning":
-            err.print(
-                f"  [yellow]warning:[/] {escape(str(event.data.get('message')))}", highlight=False, soft_wrap=True
-            )
+def _print_risks(job: Job) -> None:
+    """Why the job may fail when it runs."""
+    for risk in job.risks:
+        err.print(f"  [yellow]warning:[/] {escape(risk)}", highlight=False, soft_wrap=True)
 
 
 def _exit_by_state(jobs: list[Job]) -> None:

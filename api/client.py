@@ -88,6 +88,7 @@ class Job(Resource):
     spec: dict[str, Any] = {}
     progress: Progress | None = None
     latest_metrics: dict[str, Any] = {}
+    risks: list[str] = []
     inputs: list[Any] = []
     outputs: list[Output] = []
     error: Problem | None = None

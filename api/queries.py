@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Select, and_, or_, select
 from sqlalchemy.orm import Session
 
 from api.schemas import AttemptOut, InputOut, JobOut, OutputOut
-from core.db.models import Artifact, Attempt, Job, JobInput, Lease
+from core.db.models import Artifact, Attempt, Event, Job, JobInput, Lease
 from core.jobs.principal import Principal
 
 
@@ -86,6 +86,10 @@ def jobs_out(session: Session, jobs: Sequence[Job]) -> list[JobOut]:
         attempts[attempt.job_id].append(AttemptOut.of(attempt, leases[attempt.id]))
     for item in session.scalars(select(JobInput).where(JobInput.job_id.in_(ids)).order_by(JobInput.field)):
         inputs[item.job_id].append(InputOut.of(item))
+    risks: dict[str, list[str]] = defaultdict(list)
+    warned = select(Event).where(Event.job_id.in_(ids), Event.type == "warning", Event.attempt.is_(None))
+    for event in session.scalars(warned.order_by(Event.seq)):
+        risks[event.job_id].append(event.data["message"])
     made = select(Artifact).where(Artifact.job_id.in_(ids), Artifact.deleted_at.is_(None))
     for artifact in session.scalars(made.order_by(Artifact.created_at, Artifact.id)):
         outputs[artifact.job_id or ""][artifact.name] = OutputOut.of(artifact)
@@ -94,6 +98,7 @@ def jobs_out(session: Session, jobs: Sequence[Job]) -> list[JobOut]:
             {
                 **{name: getattr(job, name) for name in _JOB_FIELDS},
                 "attempts": attempts[job.id],
+                "risks": risks[job.id],
                 "inputs": inputs[job.id],
                 "outputs": list(outputs[job.id].values()),
             }
@@ -102,7 +107,7 @@ def jobs_out(session: Session, jobs: Sequence[Job]) -> list[JobOut]:
     ]
 
 
-_JOB_FIELDS = tuple(name for name in JobOut.model_fields if name not in ("attempts", "inputs", "outputs"))
+_JOB_FIELDS = tuple(name for name in JobOut.model_fields if name not in ("attempts", "risks", "inputs", "outputs"))
 
 
 def _after(query: Select[Any], beyond: ColumnElement[bool] | None) -> Select[Any]:

@@ -134,6 +134,7 @@ class JobOut(BaseModel):
     spec: dict[str, Any]
     progress: ProgressOut | None
     latest_metrics: dict[str, float | None]
+    risks: list[str] = Field(description="Why it may fail all the same, as was known when it was submitted.")
     inputs: list[InputOut]
     outputs: list[OutputOut]
     error: ErrorOut | None

@@ -112,6 +112,7 @@ def job_details(job: Job) -> Table:
     rows += [("state", coloured_state(job.state) + (f"  [dim]{escape(job.reason)}[/]" if job.reason else ""))]
     rows += [("labels", escape(", ".join(f"{key}={value}" for key, value in job.labels.items())))]
     rows += [("created", job.created_at or ""), ("started", job.started_at or ""), ("finished", job.finished_at or "")]
+    rows += [("risk", f"[yellow]{escape(risk)}[/]") for risk in job.risks]
     left = job.progress.remaining_s if job.progress is not None and not job.finished else None
     more = f", {timedelta(seconds=round(left))} left" if left is not None else ""
     rows += [("progress", progress_text(job) + more), ("metrics", metrics_text(job.latest_metrics))]

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from core.db.models import Artifact, Attempt, Event, IdempotencyKey, Job, Lease
-from core.jobs.lifecycle import JobState, transition
+from core.jobs.lifecycle import JobState, append_events, transition
 from tests.api.conftest import Api
 from tests.api.problems import problem
 from tests.factories import add_artifact, hf_7b
@@ -232,6 +232,16 @@ class TestGet:
 
     def test_foreign_job_does_not_exist(self, api: Api) -> None:
         problem(api.get(f"/v1/jobs/{api.submit()}", by="bob"), 404, "not_found")
+
+    def test_shows_why_it_may_fail_as_it_was_told_at_submission(self, api: Api) -> None:
+        job_id = api.submit()
+        assert api.get(f"/v1/jobs/{job_id}").json()["risks"] == []
+        with api.database.write() as session:
+            of_run = ("warning", None, {"code": "unknown_chat_template", "message": "told by the run", "time": 1.0})
+            append_events(session, job_id, [of_run], attempt=1)
+            append_events(session, job_id, [("warning", None, {"code": "risk", "message": "tight"})], attempt=None)
+        assert api.get(f"/v1/jobs/{job_id}").json()["risks"] == ["tight"]
+        assert [job["risks"] for job in api.get("/v1/jobs").json()["data"]] == [["tight"]]
 
     def test_shows_attempts_outputs_and_progress(self, api: Api) -> None:
         job_id, now = api.submit(), datetime.now(timezone.utc)
