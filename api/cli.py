@@ -363,13 +363,17 @@ def artifacts(
 @app.command(rich_help_panel="Artifacts")
 def delete(
     context: typer.Context,
-    artifact_ids: Annotated[list[str], typer.Argument(metavar="ARTIFACT…", help="art_…, one or several.")],
+    ids: Annotated[list[str], typer.Argument(metavar="ID…", help="art_… or job_…, one or several.")],
+    artifacts: Annotated[bool, typer.Option("--artifacts", help="With a job also the artifacts that it made.")] = False,
 ) -> None:
-    """Delete artifacts and their files; refused while a job needs one. What was registered stays where it lies."""
+    """Delete artifacts with their files, and finished jobs; refused while a job needs one. What was registered stays where it lies."""
     with _client(context) as client:
-        for artifact_id in artifact_ids:
-            client.delete_artifact(artifact_id)
-            out.print(f"{artifact_id} is deleted", highlight=False)
+        for name in ids:
+            if name.startswith("job_"):
+                client.delete_job(name, artifacts=artifacts)
+            else:
+                client.delete_artifact(name)
+            out.print(f"{name} is deleted", highlight=False)
 
 
 # The cluster

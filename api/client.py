@@ -338,6 +338,10 @@ class Client:
     def artifacts(self, *, limit: int | None = None, **filters: str | None) -> Iterator[Artifact]:
         return self._pages(Artifact, "/v1/artifacts", limit=limit, **filters)
 
+    def delete_job(self, job_id: str, *, artifacts: bool = False) -> None:
+        """Delete a finished job; with `artifacts` also what it made."""
+        self._request("DELETE", f"/v1/jobs/{job_id}", params={"artifacts": "true"} if artifacts else None)
+
     def delete_artifact(self, artifact_id: str) -> None:
         self._request("DELETE", f"/v1/artifacts/{artifact_id}")
 

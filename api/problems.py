@@ -15,11 +15,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from sqlalchemy.exc import DataError, InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
-from core.errors import AppError, DiskFull, InvalidSpec, Unavailable
+from core.errors import AppError, Conflict, DiskFull, InvalidSpec, Unavailable
 from core.specs import SPECS
 from core.specs.base import field_names
 
@@ -182,6 +182,8 @@ def _translate(error: Exception) -> AppError | None:
             return DiskFull("the server's disk is full", hint="delete artifacts that are no longer needed")
         case OperationalError() | InterfaceError() | PoolTimeout():
             return Unavailable("the database does not answer", hint="try again")
+        case IntegrityError():
+            return Conflict("what this request refers to was changed meanwhile", hint="try again", code="raced")
         case DataError():
             return InvalidSpec("the database cannot hold a value of this request; text must not contain NUL characters")
         case _:

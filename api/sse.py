@@ -137,8 +137,12 @@ def fetch(session: Session, job_id: str, position: Position) -> Batch:
 
     The state is read first: what a finished job wrote was stored before it finished.
     """
-    state, last_seq = session.execute(select(Job.state, Job.last_seq).where(Job.id == job_id)).one()
+    found = session.execute(select(Job.state, Job.last_seq).where(Job.id == job_id)).one_or_none()
     batch = Batch(position)
+    if found is None:  # deleted meanwhile
+        batch.finished = True
+        return batch
+    state, last_seq = found
     events = repository.events_after(session, job_id, position.seq, _MAX_EVENTS) if last_seq > position.seq else []
     for event in events:
         if event.attempt is not None and event.attempt > batch.position.attempt:

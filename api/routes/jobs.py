@@ -1,4 +1,4 @@
-"""Jobs: plan, submit, list, get, cancel, retry."""
+"""Jobs: plan, submit, list, get, cancel, retry, delete."""
 
 from __future__ import annotations
 
@@ -118,6 +118,26 @@ def retry_job(
 
     background.add_task(queue.kick, settings)
     return _change(once, effect)
+
+
+@router.delete("/{job_id}", status_code=204, responses=responses(404, 409))
+def delete_job(
+    job_id: str,
+    principal: PrincipalDep,
+    database: DatabaseDep,
+    store: StoreDep,
+    background: BackgroundTasks,
+    artifacts: Annotated[bool, Query(description="Delete the artifacts that it made too.")] = False,
+) -> None:
+    """Delete a finished job: its history, logs, metrics and working folder. Refused while an unfinished job needs its outputs, and
+    while it has artifacts, unless they are to be deleted too."""
+    with database.write() as session:
+        job = service.get_job(session, principal, job_id)
+        made = service.delete_job(session, job, artifacts=artifacts)
+    log.info("job.deleted", job_id=job_id, user=principal.user, artifacts=made)
+    background.add_task(store.delete_job, job_id)
+    for artifact_id in made:
+        background.add_task(store.delete, artifact_id)
 
 
 def _change(once: Once, effect: Callable[[Session], Answer]) -> Response:

@@ -1,5 +1,6 @@
 """What nobody will come back for: abandoned uploads, temporary folders of artifacts whose writers died, what conversions that
-were cancelled had finished, and the checkpoints from which an old failed or cancelled training could have gone on.
+were cancelled had finished, the checkpoints from which an old failed or cancelled training could have gone on, and files of deleted jobs
+and artifacts where a server died before it removed them.
 
 The age of a temporary folder is that of its newest file, so one that is being written, however large, is left alone.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 import structlog
 from sqlalchemy import select
 
-from core.db.models import Job, Upload
+from core.db.models import Artifact, Job, Upload
 from core.db.session import Database
 from core.jobs.lifecycle import JobState
 from core.settings import Settings
@@ -31,6 +32,7 @@ def clean(database: Database, settings: Settings, now: datetime) -> None:
     store = Store(settings.store_dir)
     expire_uploads(database, store, now - timedelta(seconds=settings.upload_ttl_s))
     drop_checkpoints(database, store, now - timedelta(seconds=settings.keep_checkpoints_s))
+    finish_deletions(database, store)
     for folder in (store.temporary_root, *store.root.glob("jobs/*/conversion")):
         remove_scraps(folder, older_than=time.time() - _SCRAP_AGE_S)
 
@@ -70,6 +72,19 @@ def drop_checkpoints(database: Database, store: Store, before: datetime) -> None
             folder.rename(scrap)
         shutil.rmtree(scrap, ignore_errors=True)
         log.info("checkpoints.dropped", job_id=job_id)
+
+
+def finish_deletions(database: Database, store: Store) -> None:
+    """Remove the files of what is deleted in the database. A job's row is there before its folder."""
+    folders = {path.name for path in store.root.glob("jobs/*")}
+    with database.read() as session:
+        jobs = set(session.scalars(select(Job.id)))
+        artifacts = session.scalars(select(Artifact.id).where(Artifact.deleted_at.is_not(None))).all()
+    for job_id in folders - jobs:
+        store.delete_job(job_id)
+        log.info("job.folder.removed", job_id=job_id)
+    for artifact_id in artifacts:
+        store.delete(artifact_id)
 
 
 def remove_scraps(folder: Path, *, older_than: float) -> None:

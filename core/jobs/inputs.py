@@ -33,5 +33,7 @@ def _resolve(session: Session, item: JobInput, settings: Settings) -> InputArtif
 def _artifact(session: Session, item: JobInput) -> Artifact | None:
     if item.artifact_id is not None:
         return session.get(Artifact, item.artifact_id)
+    if item.source_job_id is None:  # that job was deleted
+        return None
     source = session.get_one(Job, item.source_job_id)
     return repository.output(session, source, item.output or main_output(source.kind, source.spec))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from core.clock import utcnow
-from core.db.models import Artifact, Job, JobInput
+from core.db.models import Artifact, Attempt, Event, Job, JobInput, Lease, LogChunk
 from core.errors import Conflict, NotFound, OverLimit
 from core.ids import new_id
 from core.jobs.inspection import inspect_folder
@@ -202,8 +202,53 @@ def delete_artifact(session: Session, artifact: Artifact) -> None:
     artifact.deleted_at = utcnow()
 
 
+def delete_job(session: Session, job: Job, *, artifacts: bool) -> list[str]:
+    """Remove a finished job with its history and, if that is asked for, its artifacts; return these.
+
+    The caller removes folder and files after the commit. Refused while the job, or an unfinished one that needs its outputs, could go
+    on, and while there are artifacts that nobody asked to delete.
+    """
+    session.refresh(job, with_for_update=True)
+    attempts = select(Attempt.id).where(Attempt.job_id == job.id)
+    leases = session.scalars(select(Lease.node).where(Lease.attempt_id.in_(attempts), Lease.state != "released")).all()
+    if not JobState(job.state).is_finished or leases:
+        still = f" and ends on {', '.join(leases)}" if leases else ""
+        raise Conflict(
+            f"job {job.id} is {job.state}{still}", hint="cancel it, or wait for its end", code="job_not_finished"
+        )
+    users = session.scalars(
+        select(Job.id)
+        .join(JobInput, JobInput.job_id == Job.id)
+        .where(JobInput.source_job_id == job.id, Job.state.in_(_LIVE))
+    ).all()
+    if users:
+        raise Conflict(
+            f"job {job.id} is an input of job {users[0]}, which has not finished",
+            hint="cancel that job first",
+            code="job_in_use",
+        )
+    made = session.scalars(select(Artifact).where(Artifact.job_id == job.id, Artifact.deleted_at.is_(None))).all()
+    if made and not artifacts:
+        raise Conflict(
+            f"job {job.id} has {len(made)} artifact(s), among them {made[0].name} ({made[0].id})",
+            hint="delete them with it (artifacts=true), or keep the job: it tells how they were made",
+            code="job_has_artifacts",
+        )
+    for artifact in made:
+        delete_artifact(session, artifact)
+    session.flush()
+    session.execute(update(JobInput).where(JobInput.source_job_id == job.id).values(source_job_id=None))
+    session.execute(update(Artifact).where(Artifact.job_id == job.id).values(job_id=None))
+    session.execute(delete(LogChunk).where(LogChunk.attempt_id.in_(attempts)))
+    session.execute(delete(Lease).where(Lease.attempt_id.in_(attempts)))
+    for table in (Attempt, Event, JobInput):
+        session.execute(delete(table).where(table.job_id == job.id))
+    session.execute(delete(Job).where(Job.id == job.id))
+    return [artifact.id for artifact in made]
+
+
 def drop_surplus(session: Session, job: Job) -> list[str]:
-    """Mark as deleted what the attempts of a training left beyond `keep_last`, and return it; the caller removes the files after the commit.
+    """Mark as deleted what a training's attempts left beyond `keep_last`, and return it; the caller removes the files after the commit.
 
     Of checkpoints, and of adapters, the highest iterations stay, and of one iteration the newest; of the curves the newest. What an
     unfinished job uses stays too.

@@ -91,6 +91,16 @@ class Store:
             return
         shutil.rmtree(doomed, ignore_errors=True)
 
+    def delete_job(self, job_id: str) -> None:
+        """Remove a job's folder."""
+        doomed = self._temporary(job_id)
+        doomed.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.job_dir(job_id).rename(doomed)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(doomed, ignore_errors=True)
+
     @property
     def temporary_root(self) -> Path:
         """Folder of the artifacts that are being written or deleted."""

@@ -179,6 +179,14 @@ class TestOutput:
         told = within("nodes", "drain", "ascend 1", url=server.url).stdout
         assert told == "ascend 1 is drained; still running there: job_1\n"
 
+    def test_a_job_is_deleted_with_its_artifacts_where_that_is_said(self, server: Server) -> None:
+        server.answers["DELETE /v1/jobs/job_1"] = server.answers["DELETE /v1/jobs/job_2?artifacts=true"] = says(
+            204, b""
+        )
+        assert within("delete", "job_1", url=server.url).stdout == "job_1 is deleted\n"
+        within("delete", "job_2", "--artifacts", url=server.url)
+        assert [request[1] for request in server.asked("DELETE")] == ["/v1/jobs/job_1", "/v1/jobs/job_2?artifacts=true"]
+
     def test_artifacts_are_deleted_until_one_is_refused(self, server: Server) -> None:
         server.answers["DELETE /v1/artifacts/art_1"] = says(204, b"")
         server.answers["DELETE /v1/artifacts/art_2"] = says(409, {"code": "conflict", "detail": "used by job job_1"})

@@ -1,17 +1,22 @@
 """What depends on the database, on SQLite and on PostgreSQL: races, text that it cannot hold, JSON queries."""
 
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 
 from api.auth import ensure_admin_key
 from core.db.migrate import upgrade
-from core.db.models import ApiKey, Job
+from core.db.models import ApiKey, Attempt, Event, Job, Lease, LogChunk
 from core.db.session import Database
+from core.errors import NotFound
+from core.jobs.inputs import resolve_inputs
+from core.jobs.lifecycle import JobState, transition
 from core.settings import Settings
 from tests.api.conftest import Api
 from tests.api.problems import problem
+from tests.factories import LAYOUT_7B, add_artifact
 
 
 @pytest.fixture
@@ -49,6 +54,52 @@ class TestRaces:
         with database.read() as session:
             assert session.query(ApiKey).count() == 1
         database.dispose()
+
+
+class TestDelete:
+    def test_all_of_a_job_goes_and_a_finished_job_that_read_it_stays(self, api: Api) -> None:
+        job_id, now = api.submit(), datetime.now(timezone.utc)
+        spec = {"operation": "mm_to_hf", "source": {"job": job_id}}
+        later = api.post("/v1/jobs", {"kind": "conversion", "spec": spec}).json()["id"]
+        for name in (later, job_id):
+            api.post(f"/v1/jobs/{name}/cancel")
+        with api.database.write() as session:
+            add_artifact(session, "report", job_id=job_id, deleted_at=now)
+            session.add(Attempt(id="att_1", job_id=job_id, number=1, state="cancelled", started_at=now))
+            session.flush()
+            lease = {"token": "t", "state": "released", "expires_at": now, "created_at": now, "shipped": {}}
+            session.add(Lease(id="lea_1", attempt_id="att_1", node="node-a", node_rank=0, devices=[], **lease))
+            session.add(LogChunk(attempt_id="att_1", rank=-1, offset=0, size=1, data=b"x"))
+        (api.store.attempt_dir(job_id, 1)).mkdir(parents=True)
+        assert api.call("DELETE", f"/v1/jobs/{job_id}").status_code == 204
+        problem(api.get(f"/v1/jobs/{job_id}"), 404, "not_found")
+        assert not api.store.job_dir(job_id).exists()
+        with api.database.read() as session:
+            assert [session.query(table).count() for table in (Attempt, Lease, LogChunk)] == [0, 0, 0]
+            assert session.query(Event).where(Event.job_id == job_id).count() == 0
+            with pytest.raises(NotFound, match=r"spec\.source: the input no longer exists"):
+                resolve_inputs(session, session.get_one(Job, later), api.settings)
+        assert api.get(f"/v1/jobs/{later}").json()["inputs"][0]["job"] is None
+        assert api.call("DELETE", f"/v1/jobs/{later}").status_code == 204
+
+    def test_a_deletion_and_a_submission_that_needs_the_job_at_once_leave_both_or_none(self, api: Api) -> None:
+        for _ in range(5):
+            job_id = api.submit()
+            with api.database.write() as session:
+                add_artifact(session, "mm_checkpoint", {"parallel": LAYOUT_7B}, job_id=job_id, name="checkpoint")
+                for state in (JobState.STARTING, JobState.RUNNING, JobState.SUCCEEDED):
+                    transition(session, session.get_one(Job, job_id), state)
+            spec = {
+                "operation": "reshard",
+                "source": {"job": job_id},
+                "parallel": {"llm_pp_layers": [[28]], "vit_pp_layers": [[32]]},
+            }
+            hf = api.conversion()["spec"]["source"]
+            with ThreadPoolExecutor(2) as pool:
+                submitted = pool.submit(api.post, "/v1/jobs", {"kind": "conversion", "spec": {**spec, "hf_source": hf}})
+                deleted = pool.submit(api.call, "DELETE", f"/v1/jobs/{job_id}?artifacts=true")
+            told = (submitted.result().status_code, deleted.result().status_code)
+            assert told in {(201, 409), (404, 204), (409, 204)}, (submitted.result().text, deleted.result().text)
 
 
 class TestText:

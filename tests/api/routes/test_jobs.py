@@ -300,3 +300,44 @@ class TestRetry:
                 transition(session, session.get_one(Job, job_id), state)
         problem(api.post(f"/v1/jobs/{job_id}/retry"), 409, "conflict")
         assert count(api, Artifact) == 1
+
+
+class TestDelete:
+    def delete(self, api: Api, job_id: str, query: str = "", *, by: str | None = "alice") -> Any:
+        return api.call("DELETE", f"/v1/jobs/{job_id}{query}", by=by)
+
+    def test_anonymous(self, api: Api) -> None:
+        problem(self.delete(api, api.submit(), by=None), 401, "unauthenticated")
+
+    def test_foreign_job_does_not_exist(self, api: Api) -> None:
+        job_id = api.submit()
+        fail(api, job_id)
+        problem(self.delete(api, job_id, by="bob"), 404, "not_found")
+
+    def test_one_that_has_not_finished_or_still_ends_on_a_host_is_refused(self, api: Api) -> None:
+        job_id, now = api.submit(), datetime.now(timezone.utc)
+        problem(self.delete(api, job_id), 409, "job_not_finished")
+        fail(api, job_id)
+        with api.database.write() as session:
+            session.add(Attempt(id="att_1", job_id=job_id, number=1, state="failed", started_at=now))
+            session.flush()
+            lease = {"token": "t", "state": "held", "expires_at": now, "created_at": now, "shipped": {}}
+            session.add(Lease(id="lea_1", attempt_id="att_1", node="node-b", node_rank=1, devices=[], **lease))
+        assert "node-b" in problem(self.delete(api, job_id), 409, "job_not_finished")["detail"]
+
+    def test_one_that_an_unfinished_job_needs_is_refused(self, api: Api) -> None:
+        job_id = api.submit()
+        spec = {"operation": "mm_to_hf", "source": {"job": job_id}}
+        later = api.post("/v1/jobs", {"kind": "conversion", "spec": spec}).json()["id"]
+        fail(api, job_id)
+        assert later in problem(self.delete(api, job_id), 409, "job_in_use")["detail"]
+
+    def test_artifacts_are_deleted_only_where_that_is_said(self, api: Api) -> None:
+        job_id = api.submit()
+        fail(api, job_id)
+        with api.database.write() as session:
+            artifact = add_artifact(session, "mm_checkpoint", job_id=job_id, name="checkpoint")
+        problem(self.delete(api, job_id), 409, "job_has_artifacts")
+        assert api.get(f"/v1/jobs/{job_id}").status_code == 200
+        assert self.delete(api, job_id, "?artifacts=true").status_code == 204
+        problem(api.get(f"/v1/artifacts/{artifact.id}"), 404, "not_found")

@@ -9,7 +9,7 @@ from core.db.session import Database
 from core.jobs import housekeeping
 from core.settings import Settings
 from core.storage.local import Store
-from tests.factories import add_artifact, hf_7b, submit
+from tests.factories import LAYOUT_7B, add_artifact, hf_7b, submit
 
 
 def add_upload(database: Database, store: Store, name: str, *, state: str, days_old: float) -> Path:
@@ -50,6 +50,21 @@ class TestDropCheckpoints:
         housekeeping.clean(database, settings, utcnow())
         assert [folders[name].exists() for name in ("old", "young", "live")] == [False, True, True]
         assert list(store.temporary_root.iterdir()) == []
+
+
+class TestFinishDeletions:
+    def test_files_without_a_row_go_and_the_others_stay(self, database: Database, settings: Settings) -> None:
+        store = Store(settings.store_dir)
+        with database.write() as session:
+            model, gone = hf_7b(session), add_artifact(session, "report", deleted_at=utcnow())
+            spec = {"operation": "hf_to_mm", "source": {"artifact": model.id}, "parallel": LAYOUT_7B}
+            job = submit(session, settings, "conversion", spec)
+        kept = [store.job_dir(job.id), store.artifact_dir(model.id)]
+        lost = [store.job_dir("job_gone"), store.artifact_dir(gone.id)]
+        for folder in (*kept, *lost):
+            (folder / "files").mkdir(parents=True)
+        housekeeping.clean(database, settings, utcnow())
+        assert [folder.exists() for folder in (*kept, *lost)] == [True, True, False, False]
 
 
 class TestExpireUploads:
