@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     node_ttl_s: float = Field(20.0, gt=0, description="Seconds after which a silent host gets no more jobs.")
     tick_s: float = Field(1.0, gt=0, description="Seconds between runs of the scheduler.")
     ship_s: float = Field(0.25, gt=0, description="Seconds between shipments of events and log to the database.")
+    max_log_bytes: int = Field(
+        256 << 20, ge=1 << 16, description="Most that is kept of a log of an attempt; beyond it only the last 64 KiB."
+    )
 
     stall_limit_s: float = Field(
         1800.0,

@@ -7,6 +7,7 @@ cannot write.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ from core.storage.local import Store
 log = structlog.get_logger(__name__)
 
 _BATCH_BYTES = 1 << 20
+_TAIL_BYTES = 1 << 16
+"""Of a log beyond `max_log_bytes`, the end that is kept."""
 
 
 class Fenced(Exception):
@@ -81,7 +84,7 @@ class Shipper:
         self, database: Database, settings: Settings, grip: Grip, *, job_id: str, spool: Spool, current: bool = True
     ) -> None:
         self._database, self._grip, self._job_id, self._spool, self._current = database, grip, job_id, spool, current
-        self._store = Store(settings.store_dir)
+        self._store, self._max_log_bytes = Store(settings.store_dir), settings.max_log_bytes
         self._dir = self._store.attempt_dir(job_id, spool.number)
         self._seen_sizes: dict[Path, int] = {}
         self.error: Failed | None = None
@@ -93,32 +96,48 @@ class Shipper:
             streams.insert(0, (MAIN_LOG, self._dir / "run.log"))
         events = self._dir / "events.jsonl"
         sources = [path for _, path in streams] + ([events] if self._spool.leader else [])
-        while any(_size(path) != self._seen_sizes.get(path, 0) for path in sources):
-            sizes = {path: _size(path) for path in sources}
+        at_end = drain
+        while at_end or any(_size(path) != self._seen_sizes.get(path, 0) for path in sources):
+            at_end, sizes = False, {path: _size(path) for path in sources}
             full = False
             with self._grip.write(self._database) as (session, _):
                 lease = session.get_one(Lease, self._spool.lease_id, populate_existing=True)
                 shipped = dict(lease.shipped)
                 for rank, path in streams:
-                    full |= self._ship_log(session, shipped, rank, path)
+                    full |= self._ship_log(session, shipped, rank, path, last=drain)
                 if self._spool.leader:
                     full |= self._ship_events(session, shipped, events)
                 lease.shipped = shipped
             if not full:
                 self._seen_sizes = sizes
+            for rank, path in streams:
+                if shipped.get(f"cut:{rank}") == "begun" and _size(path) > 2 * self._max_log_bytes:
+                    _shorten(path, self._max_log_bytes)
             if not drain:
                 break
 
-    def _ship_log(self, session: Session, shipped: dict[str, Any], rank: int, path: Path) -> bool:
-        offset = shipped.get(f"log:{rank}", 0)
-        piece = _read(path, offset)
+    def _ship_log(self, session: Session, shipped: dict[str, Any], rank: int, path: Path, *, last: bool) -> bool:
+        """Store the next piece. Of a log that is too long: its beginning, a line that says so, and with `last` its end."""
+        offset, limit, is_full = shipped.get(f"log:{rank}", 0), self._max_log_bytes, False
+        match shipped.get(f"cut:{rank}"):
+            case None:
+                piece = _read(path, offset)[: max(0, limit - offset)]
+                is_full = len(piece) == _BATCH_BYTES
+                if offset + len(piece) >= limit and _size(path) > limit:
+                    piece += _CUT % (limit, _TAIL_BYTES)
+                    shipped[f"cut:{rank}"], is_full = "begun", last
+            case "begun" if last:
+                piece = _read(path, max(limit, _size(path) - _TAIL_BYTES))
+                shipped[f"cut:{rank}"] = "ended"
+            case _:
+                piece = b""
         if piece:
             data = zlib.compress(piece)
             session.add(
                 LogChunk(attempt_id=self._spool.attempt_id, rank=rank, offset=offset, size=len(piece), data=data)
             )
             shipped[f"log:{rank}"] = offset + len(piece)
-        return len(piece) == _BATCH_BYTES
+        return is_full
 
     def _ship_events(self, session: Session, shipped: dict[str, Any], path: Path) -> bool:
         offset = shipped.get("events", 0)
@@ -178,6 +197,17 @@ class Shipper:
                 created_at=utcnow(),
             )
         )
+
+
+_CUT = b"\n[temper] the log has reached %d bytes (TEMPER_MAX_LOG_BYTES): what follows is left out, up to the last %d bytes\n"
+
+
+def _shorten(path: Path, limit: int) -> None:
+    """Take away what lies between `limit` and the end. Its writers append, so they go on at the new end."""
+    end = _read(path, max(limit, _size(path) - _TAIL_BYTES))
+    os.truncate(path, limit)
+    with path.open("ab") as stream:
+        stream.write(end)
 
 
 def _read(path: Path, offset: int) -> bytes:

@@ -312,7 +312,9 @@ class Supervisor:
         path = self.attempt_dir / "run.log"
         if not path.exists():
             return "it wrote no log"
-        tail = path.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+            tail = stream.read().decode(errors="replace").strip()
         return tail.splitlines()[-1] if tail else "it wrote no log"
 
 

@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -17,6 +19,10 @@ from core.jobs import dispatch, housekeeping
 from core.settings import Settings
 
 log = structlog.get_logger(__name__)
+
+LOG_BYTES = 16 << 20
+"""Size at which the supervisors' log begins anew."""
+_rotating = threading.Lock()
 
 
 def tick(database: Database, settings: Settings) -> None:
@@ -48,7 +54,9 @@ def launch(database: Database, settings: Settings, lease_id: str) -> None:
         return
     logs = settings.home_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    with starting, (logs / f"supervisor-{settings.node_name}.log").open("ab") as stream:
+    path = logs / f"supervisor-{settings.node_name}.log"
+    begin_anew_if_long(path)
+    with starting, path.open("ab") as stream:
         # setsid(1) --fork returns at once and leaves a process that is nobody's child: no signal, end or restart of
         # this worker reaches it, and nobody has to reap it.
         subprocess.run(
@@ -61,6 +69,13 @@ def launch(database: Database, settings: Settings, lease_id: str) -> None:
             check=True,
         )
     log.info("supervisor.started", lease_id=lease_id)
+
+
+def begin_anew_if_long(path: Path) -> None:
+    """Put a long log aside as `….log.1`, in place of the one before; supervisors that run write on into that one, a few lines each."""
+    with _rotating:
+        if path.exists() and path.stat().st_size > LOG_BYTES:
+            path.replace(path.with_name(f"{path.name}.1"))
 
 
 def hold(lease_id: str) -> socket.socket | None:

@@ -153,6 +153,20 @@ class TestShipping:
         assert job.state == "succeeded"
         assert bench.log() == b"".join(b"line %d\n" % line for line in range(200_000))
 
+    def test_of_a_log_that_is_too_long_the_beginning_and_the_end_are_kept(self, bench: Bench) -> None:
+        limit = 1 << 16
+        script = "for line in range(100_000):\n    print('line', line)\n    if line % 1000 == 0: time.sleep(0.01)\n"
+        bench.start(script + "sys.exit('the reason')", max_log_bytes=limit).wait(LONG_S)
+        log = bench.log()
+        assert log.startswith(b"line 0\nline 1\n")
+        assert log.index(b"[temper] the log has reached 65536 bytes") == limit + 1
+        assert log.endswith(b"\nline 99999\nthe reason\n")
+        assert len(log) < limit + (1 << 16) + 200
+        assert (bench.attempt_dir / "run.log").stat().st_size < 1_000_000  # of 1.2 MB that were printed
+        job = bench.job()
+        assert job.error is not None
+        assert job.error["message"].endswith("the reason")
+
     def test_any_window_of_the_log_is_that_window(self, bench: Bench) -> None:
         bench.run("for line in range(300): print('line', line, flush=True); time.sleep(0.001)")
         whole = bench.log()
