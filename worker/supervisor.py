@@ -35,6 +35,7 @@ from core.storage.local import Store
 from core.telemetry.logging import configure
 from worker.launch import Launch, Part, command
 from worker.processes import ProcessTree
+from worker.rendezvous import reserve_port
 from worker.shipping import Fenced, Grip, Shipper, Spool
 
 log = structlog.get_logger(__name__)
@@ -90,6 +91,8 @@ class Supervisor:
         self.stopping_since: float | None = None
         self.next_term_s = 0.0
         self.draining = False
+        self.reserved_port: socket.socket | None = None
+        """Held until this process ends."""
 
     def run(self) -> None:
         """Start the runner, watch it, record the outcome."""
@@ -165,9 +168,8 @@ class Supervisor:
         temporary.rename(self.attempt_dir / "job.json")
 
     def _offer_rendezvous(self) -> str:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            rendezvous = f"{self.task.address}:{probe.getsockname()[1]}"
+        self.reserved_port, port = reserve_port()
+        rendezvous = f"{self.task.address}:{port}"
         with self.task.grip.write(self.database) as (session, _):
             session.execute(update(Attempt).where(Attempt.id == self.task.attempt_id).values(rendezvous=rendezvous))
         return rendezvous
