@@ -4,7 +4,7 @@ Each rank's thread writes `heartbeats/rank_N.json` (step, phase, rows, seconds s
 main thread is stuck. When a rank has made no progress for the limit, its thread dumps the stacks of all its threads into
 `heartbeats/rank_N.txt`. When all have, rank 0's thread writes them into the log, one after the other, names the culprit, the rank that is
 furthest behind, tells the job's error and ends its process; the others see that and end theirs, since one that is stuck would not hear a
-signal.
+signal. Where rank 0 is stopped or lost itself, so that its file is no longer written anew, the first rank that lives does so in its place.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class Beat:
 SLOW = {"start": 4, "save": 4}
 """Phases that may take so many times the limit: weights are read, a checkpoint is written."""
 VERDICT = "stalled.txt"
-"""File by which rank 0 tells the others that the job has failed."""
+"""File by which a rank tells the others that the job has failed."""
 PHASES = ("start", "data", "compute", "reduce", "save")
 """In the order of a step."""
 
 
 def culprit(beats: Sequence[Beat]) -> Beat:
-    """Return the rank that the others wait for: the one furthest behind, of several the one longest there."""
-    return min(beats, key=lambda beat: (beat.step, PHASES.index(beat.phase), beat.since))
+    """Return the rank that the others wait for: the one furthest behind, of several one that does not answer, or the one longest there."""
+    return min(beats, key=lambda beat: (beat.step, PHASES.index(beat.phase), beat.has_told, beat.since))
 
 
 class Heartbeat:
@@ -110,14 +110,15 @@ class Heartbeat:
             if (self._folder / VERDICT).exists():
                 self._fail(Stalled((self._folder / VERDICT).read_text(encoding="utf-8")))
                 return
-            if beat == told or self._clock() - beat.since < self._limit_s * SLOW.get(beat.phase, 1):
+            if self._clock() - beat.since < self._limit_s * SLOW.get(beat.phase, 1):
                 continue
-            _log.warning("rank %d: no progress since step %d, %s", self._rank, beat.step, beat.phase)
-            with (self._folder / f"rank_{self._rank}.txt").open("w", encoding="utf-8") as file:
-                faulthandler.dump_traceback(file=file, all_threads=True)
-            told = beat
-            self._write(replace(beat, has_told=True))
-            if self._rank == 0 and self._is_stall(beat):
+            if beat != told:
+                _log.warning("rank %d: no progress since step %d, %s", self._rank, beat.step, beat.phase)
+                with (self._folder / f"rank_{self._rank}.txt").open("w", encoding="utf-8") as file:
+                    faulthandler.dump_traceback(file=file, all_threads=True)
+                told = beat
+                self._write(replace(beat, has_told=True))
+            if self._is_to_judge(beat):
                 for stacks in sorted(self._folder.glob("rank_*.txt")):
                     text = stacks.read_text(encoding="utf-8")
                     _log.warning("the stacks of rank %s:\n%s", stacks.stem.removeprefix("rank_"), text)
@@ -127,13 +128,25 @@ class Heartbeat:
                 self._fail(error)
                 return
 
-    def _is_stall(self, beat: Beat) -> bool:
-        """Wait until every rank has told its stacks (a lost one never does); return whether this rank is still where it was."""
-        deadline = self._clock() + self._limit_s
-        while not all(other.has_told for other in self._beats()) and self._clock() < deadline:
-            if self._ended.wait(self._interval_s / 4):
+    def _is_to_judge(self, beat: Beat) -> bool:
+        """Wait until every rank has told its stacks (a lost one never does), or on other ranks than 0 for an earlier one's verdict.
+
+        Return whether it falls to this rank: it is still where it was, and no earlier rank has written its beat meanwhile.
+        """
+        deadline, before = self._clock() + self._limit_s, self._earlier_ranks()
+        verdict = self._folder / VERDICT
+        while self._clock() < deadline and not verdict.exists():
+            if self._rank == 0 and all(other.has_told for other in self._beats()):
                 break
-        return self._beat == beat and not self._ended.is_set()
+            if self._ended.wait(self._interval_s / 4):
+                return False
+            self._write(replace(beat, has_told=True))
+        return self._beat == beat and not verdict.exists() and self._earlier_ranks() == before
+
+    def _earlier_ranks(self) -> dict[int, int]:
+        """When the ranks before this one last wrote their beats."""
+        paths = {rank: self._folder / f"rank_{rank}.json" for rank in range(self._rank)}
+        return {rank: path.stat().st_mtime_ns for rank, path in paths.items() if path.exists()}
 
     def _write(self, beat: Beat) -> None:
         temporary = self._folder / f".rank_{self._rank}.tmp"

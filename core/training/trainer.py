@@ -195,7 +195,10 @@ class Trainer:
         self._at("data")
         step = next(loaded)
         self._at("data", self._own_rows(step))
-        batches = [batch for batch in step.micro_batches if batch.rows]
+        planned = step.plan.micro_batches[self.mesh.dp_rank]
+        batches = [
+            batch for rows, batch in zip(planned, step.micro_batches, strict=True) if rows
+        ]  # others: padding alone
         return step, batches, time.perf_counter() - began
 
     def _compute(self, step: LoadedStep, batches: list[PackedBatch], wait_s: float) -> Exchanged:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,6 +46,19 @@ class TestBuildBatch:
             [torch.from_numpy(PROCESSING.load(image.paths[0])[0]) for row in rows for image in row.media]
         )
         assert torch.equal(batch.pixel_values_PD, expected)
+
+    def test_a_videos_positions_follow_its_own_time(self, dataset_dir: Path, config: Config) -> None:
+        row = TokenisedDataset(dataset_dir).row(0)
+        ids = np.array([1, config.vision_start_token_id, *[config.video_token_id] * 4, config.vision_end_token_id, 2])
+        videos = [
+            Medium((Path("v.gif"),), (2, 4, 2), num_frames=8, num_taken=4, seconds_per_grid=s) for s in (1.0, 2.5)
+        ]
+        rows = [replace(row, input_ids=ids, targets=ids, media=(video,)) for video in videos]
+        batch = build_batch(rows, config, processing=PROCESSING, with_pixels=False)
+        times = (
+            batch.position_ids_3T[0].reshape(2, -1)[:, 2:6] - 2
+        )  # two ids before the video; two positions per second
+        assert times.tolist() == [[0, 0, 2, 2], [0, 0, 5, 5]]
 
     def test_no_rows_give_an_empty_batch(self, config: Config) -> None:
         batch = build_batch([], config, processing=PROCESSING)

@@ -6,6 +6,7 @@ import math
 import os
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,24 @@ def train_on_a_full_disk(rank_number: int, folder: Path) -> tuple[str, str]:
         trainer.train(steps(trainer, rank.config))
     assert trainer.facts.position.iteration == 2
     return caught.value.code, caught.value.message
+
+
+class TestPadding:
+    def test_a_micro_batch_of_padding_alone_is_not_computed(self, tmp_path: Path) -> None:
+        rank = Rank(ONE)
+        trainer = make_trainer(rank, training_spec(train_iters=1), tmp_path, Notes())
+        step = next(steps(trainer, rank.config))
+        (own,) = step.plan.micro_batches
+        padding = replace(
+            pack(samples(1), rank.config), rows=(-1,)
+        )  # as the loader fills up an empty one to static shapes
+        step = replace(
+            step,
+            plan=replace(step.plan, micro_batches=((*own[:1], (), *own[1:]),)),
+            micro_batches=iter([*islice(step.micro_batches, 1), padding, *step.micro_batches]),
+        )
+        _, batches, _ = trainer._load(iter([step]))
+        assert [batch.rows for batch in batches] == list(own)
 
 
 class TestNotFinite:
