@@ -11,10 +11,10 @@ so that clearing, summing, scaling and stepping are a handful of operations what
 accumulate into their view directly; for bfloat16 ones each gradient is added to its float32 view as soon as autograd has finished it.
 
 A bucket's gradients are reduce-scattered while the backward pass of the last micro-batch goes on, as soon as they are complete; when its
-share has been stepped, the weights are all-gathered. All ranks must start the same operations in the same order, but one may get
-gradients that another does not (an empty micro-batch, no images). So the order is fixed: a bucket waits for those before it, and what
-the backward pass has left is sent at its end. The reduction is a SUM, and the division happens later on the whole share: HCCL has no
-PREMUL_SUM and not always AVG.
+share has been stepped, the weights are all-gathered, while the shares after it are stepped. All ranks must start the same operations in
+the same order, but one may get gradients that another does not (an empty micro-batch, no images). So the order is fixed: a bucket waits
+for those before it, and what the backward pass has left is sent at its end. The reduction is a SUM, and the division happens later on
+the whole share: HCCL has no PREMUL_SUM and not always AVG.
 """
 
 from __future__ import annotations
@@ -192,11 +192,10 @@ class FlatBuffer:
             pending.wait()
         self._await_all()
 
-    def gather(self, flat: Tensor) -> None:
-        """Give all ranks all shares of a flat buffer."""
-        if self.group is not None:
-            for pending in [start_gather_in_place(bucket.whole(flat), self.group) for bucket in self.buckets]:
-                pending.wait()
+    def start_gather(self, flat: Tensor, bucket: Bucket) -> Pending:
+        """Begin to give all ranks all shares of a bucket of a flat buffer; this rank's must be ready to be sent."""
+        whole = bucket.whole(flat)
+        return Pending(whole, None) if self.group is None else start_gather_in_place(whole, self.group)
 
     def _await_all(self) -> None:
         """As before a step: nothing under way, all gradients to come."""

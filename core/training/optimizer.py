@@ -207,13 +207,18 @@ class Optimizer:
         scale = 1.0 / num_targets
         if self.spec.clip_grad > 0 and norm > self.spec.clip_grad:
             scale *= self.spec.clip_grad / (norm + 1e-6)
+        gathered = []
         for share in self.shares:
             share.gradients.mul_(scale)
             self._adamw(share, learning_rate)
             if share.has_copy:
                 share.weights.copy_(share.master)
+            gathered.append(
+                self.buffer.start_gather(self.buffer.weights, share.bucket)
+            )  # while the next shares are updated
+        for pending in gathered:
+            pending.wait()
         self.num_steps += 1
-        self.buffer.gather(self.buffer.weights)
         return norm
 
     @torch.no_grad()

@@ -134,7 +134,7 @@ def _reduced(rank: int) -> tuple[list[Tensor], Tensor]:
     parts = [part.of(bucket.share(buffer.gradients)).clone() for bucket in buffer.buckets for part in bucket.parts()]
     for bucket in buffer.buckets:
         bucket.share(buffer.weights).copy_(10 * bucket.share(buffer.gradients))
-    buffer.gather(buffer.weights)
+        buffer.start_gather(buffer.weights, bucket).wait()
     assert buffer.under_way == []
     return parts, torch.stack([parameter.detach() for parameter in parameters.values()])
 

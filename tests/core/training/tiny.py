@@ -285,7 +285,8 @@ class Rank:
         self.pipeline.run([batch for batch in batches if batch.rows], last_pass=self.optimizer.last_pass)
         self.optimizer.reduce_gradients()
         buffer = self.optimizer.buffer
-        buffer.gather(buffer.gradients)  # each rank has its shares
+        for bucket in buffer.buckets:  # each rank has its shares
+            buffer.start_gather(buffer.gradients, bucket).wait()
         gradients = {
             self.global_name(slot.name): slot.view(buffer.gradients).clone() / divisor for slot in buffer.slots
         }
