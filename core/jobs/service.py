@@ -212,7 +212,7 @@ def delete_job(session: Session, job: Job, *, artifacts: bool) -> list[str]:
     attempts = select(Attempt.id).where(Attempt.job_id == job.id)
     leases = session.scalars(select(Lease.node).where(Lease.attempt_id.in_(attempts), Lease.state != "released")).all()
     if not JobState(job.state).is_finished or leases:
-        still = f" and ends on {', '.join(leases)}" if leases else ""
+        still = f", but still ends on {', '.join(leases)}" if JobState(job.state).is_finished else ""
         raise Conflict(
             f"job {job.id} is {job.state}{still}", hint="cancel it, or wait for its end", code="job_not_finished"
         )
