@@ -43,7 +43,7 @@ def errors_of_other_ranks(ctx: RunContext, *, patience_s: float = 5.0) -> Iterat
             values = (
                 (told.code, told.message, told.hint)
                 if told
-                else (AppError.code, f"{type(error).__name__}: {error}", None)
+                else ("runner_error", f"{type(error).__name__}: {error}", "the job's log has the traceback")
             )
             temporary = folder / f".rank_{ctx.rank}.tmp"
             temporary.write_text(json.dumps([ctx.rank, time.time(), *values]), encoding="utf-8")
