@@ -1,6 +1,8 @@
 """What nobody will come back for: abandoned uploads, temporary folders of artifacts whose writers died, what conversions that
-were cancelled had finished, the checkpoints from which an old failed or cancelled training could have gone on, and files of deleted jobs
-and artifacts where a server died before it removed them.
+were cancelled had finished, the checkpoints from which an old failed or cancelled training could have gone on, and files of deleted
+artifacts where a server died before it removed them.
+
+A folder is never removed for want of a row: the database may be an older one, come back from a backup.
 
 The age of a temporary folder is that of its newest file, so one that is being written, however large, is left alone.
 """
@@ -75,14 +77,9 @@ def drop_checkpoints(database: Database, store: Store, before: datetime) -> None
 
 
 def finish_deletions(database: Database, store: Store) -> None:
-    """Remove the files of what is deleted in the database. A job's row is there before its folder."""
-    folders = {path.name for path in store.root.glob("jobs/*")}
+    """Remove the files of artifacts that are marked as deleted."""
     with database.read() as session:
-        jobs = set(session.scalars(select(Job.id)))
         artifacts = session.scalars(select(Artifact.id).where(Artifact.deleted_at.is_not(None))).all()
-    for job_id in folders - jobs:
-        store.delete_job(job_id)
-        log.info("job.folder.removed", job_id=job_id)
     for artifact_id in artifacts:
         store.delete(artifact_id)
 
