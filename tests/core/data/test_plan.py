@@ -109,6 +109,14 @@ class TestPlanStep:
         loads = [sum(lengths[row] for rows in rank for row in rows) for rank in planned.micro_batches]
         assert max(loads) < 1.02 * sum(loads) / 4
 
+    def test_images_count_in_the_balance(self) -> None:
+        planned = plan_step(
+            np.array([64, *[16] * 8]), np.array([640, *[0] * 8]),
+            seed=0, consumed_samples=0, global_batch_size=9, dp_size=2, token_budget=64,
+        )  # fmt: skip
+        of_the_image, other = sorted(len(set(sum(rank, ()))) for rank in planned.micro_batches)
+        assert (of_the_image, other) == (3, 6)  # the rank with the image's 64 + 64 gets 32 tokens more, the other 96
+
     def test_packs_tightly(self) -> None:
         lengths = np.random.default_rng(0).integers(4, BUDGET // 2, 64).tolist()
         planned = plan(lengths, size=64)
