@@ -98,9 +98,13 @@ class RunContext:
         self.log.warning("%s: %s", code, message)
         self.emit(Warned(time=time.time(), code=code, message=message))
 
-    def failed(self, error: AppError) -> None:
-        """Tell why the runner gives up."""
-        self.emit(Failed(time=time.time(), code=error.code, message=error.message, hint=error.hint))
+    def failed(self, error: AppError, *, in_place_of_rank_0: bool = False) -> None:
+        """Tell why the runner gives up; `in_place_of_rank_0` where that can tell nothing any more."""
+        event = Failed(time=time.time(), code=error.code, message=error.message, hint=error.hint)
+        if in_place_of_rank_0:
+            self._append(event)
+        else:
+            self.emit(event)
 
     def new_artifact(self, name: str, kind: str) -> ArtifactWriter:
         """Begin an output (rank 0 only); write below `.path`, then `.commit()`."""
@@ -112,8 +116,10 @@ class RunContext:
 
     def emit(self, event: BaseModel) -> None:
         """Append one event to the attempt's `events.jsonl` (rank 0 only)."""
-        if not self.is_main:
-            return
+        if self.is_main:
+            self._append(event)
+
+    def _append(self, event: BaseModel) -> None:
         line = event.model_dump_json().encode() + b"\n"
         descriptor = os.open(self.attempt_dir / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
         try:

@@ -64,7 +64,11 @@ def run(ctx: RunContext, spec: TrainingSpec) -> None:
         process_group(ctx, accelerator),
         errors_of_other_ranks(ctx),
         Heartbeat(
-            ctx.attempt_dir / "heartbeats", ctx.rank, fail=partial(_end, ctx), limit_s=settings.stall_limit_s
+            ctx.attempt_dir / "heartbeats",
+            ctx.rank,
+            fail=partial(_end, ctx),
+            tell=partial(ctx.failed, in_place_of_rank_0=True),
+            limit_s=settings.stall_limit_s,
         ) as heartbeat,
         curves(ctx),
     ):
@@ -173,9 +177,8 @@ def _tensorboard(ctx: RunContext, spec: TrainingSpec, position: Position) -> Abs
 
 
 def _end(ctx: RunContext, error: AppError) -> None:
-    """Tell the job's error and end this process; its main thread waits for something that does not come."""
+    """End this process; its main thread waits for something that does not come."""
     ctx.log.error("%s: %s", error.code, error.message)
-    ctx.failed(error)
     publish_curves_if_possible(ctx)
     end_process()
 

@@ -65,6 +65,7 @@ class Heartbeat:
     """One rank's heartbeat and watch; a context manager.
 
     `fail` is called on every rank with the error and must end the process: the main thread can be in a call that never returns.
+    `tell` is called before that on the one rank that names the culprit, and makes the error the job's.
     """
 
     def __init__(
@@ -73,11 +74,12 @@ class Heartbeat:
         rank: int,
         *,
         fail: Callable[[AppError], None],
+        tell: Callable[[AppError], None] = lambda _: None,
         limit_s: float,
         interval_s: float = 5.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._folder, self._rank, self._fail = folder, rank, fail
+        self._folder, self._rank, self._fail, self._tell = folder, rank, fail, tell
         self._limit_s, self._interval_s, self._clock = limit_s, min(interval_s, limit_s / 4), clock
         self._ended = threading.Event()
         self._beat = Beat(rank, 0, "start", since=clock())
@@ -125,6 +127,7 @@ class Heartbeat:
                 error = self._error()
                 (self._folder / ".verdict").write_text(error.message, encoding="utf-8")
                 (self._folder / ".verdict").replace(self._folder / VERDICT)
+                self._tell(error)
                 self._fail(error)
                 return
 

@@ -60,18 +60,20 @@ class TestHeartbeat:
 
     def test_where_rank_0_is_stopped_the_next_one_tells(self, tmp_path: Path) -> None:
         told: list[AppError] = []
+        ended: list[AppError] = []
         is_told = threading.Event()
 
         def fail(error: AppError) -> None:
-            told.append(error)
+            ended.append(error)
             is_told.set()
 
         stopped = Beat(0, 6, "reduce", rows=(5,), since=1.0)
         (tmp_path / "rank_0.json").write_text(json.dumps(asdict(stopped)))
-        with Heartbeat(tmp_path, 1, fail=fail, limit_s=0.2) as heartbeat:
+        with Heartbeat(tmp_path, 1, fail=fail, tell=told.append, limit_s=0.2) as heartbeat:
             heartbeat.phase(7, "reduce", [3, 4])
             assert is_told.wait(60)
         assert "rank 0 is furthest behind, in step 6, reduce, rows 5" in told[0].message
+        assert ended == told
 
     def test_while_rank_0_lives_the_verdict_is_its_own(self, tmp_path: Path) -> None:
         now, told_at = 0.0, {}

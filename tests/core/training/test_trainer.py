@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from core.data.loader import LoadedStep
 from core.errors import AppError, NonFiniteLoss
 from core.models.batch import PackedBatch
 from core.models.flops import model_flops
@@ -75,6 +78,20 @@ class TestLearning:
         pairs = train(0, ONE, training_spec(train_iters=4, log_interval=2), tmp_path / "pairs")
         assert list(pairs.metrics) == [2, 4]
         assert pairs.metrics[2]["loss"] == pytest.approx((each.metrics[1]["loss"] + each.metrics[2]["loss"]) / 2)
+
+
+class TestWaiting:
+    def test_time_waited_for_data_is_told(self, tmp_path: Path) -> None:
+        rank, notes = Rank(ONE), Notes()
+        trainer = make_trainer(rank, training_spec(train_iters=1), tmp_path, notes)
+
+        def late() -> Iterator[LoadedStep]:
+            time.sleep(0.2)
+            yield next(steps(trainer, rank.config))
+
+        trainer.train(late())
+        told = notes.metrics[1]
+        assert told["host_wait_fraction"] * told["step_time_ms"] >= 200
 
 
 class TestResume:
