@@ -358,6 +358,14 @@ class TestFeeding:
         assert sum(batch.num_patches for batch in batches) > 0
         assert has_decoded == (tp_rank == 0)
 
+    @pytest.mark.parametrize(("reduction", "weight"), [("token", 16), ("sample", 4), ("square", 8)])
+    def test_the_loss_is_weighted_as_the_spec_says(self, bench: Bench, reduction: str, weight: float) -> None:
+        spec = training_spec(loss_reduction=reduction)  # 4 samples a step, of 4 targets each
+        dataset, stage = TokenisedDataset(bench.dataset.path), whole(bench.config)
+        with build_loader(dataset, spec, Mesh(), stage, bench.config, CpuAccelerator(), Position()) as fed:
+            step = next(iter(fed))
+        assert step.loss_weight == pytest.approx(weight)
+
 
 class TestResume:
     def test_a_new_attempt_goes_on_from_the_newest_checkpoint(self, bench: Bench) -> None:
