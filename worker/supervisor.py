@@ -8,6 +8,7 @@ The supervisor of node rank 0 leads: it moves the job's state.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -41,7 +42,10 @@ from worker.shipping import Fenced, Grip, Shipper, Spool
 log = structlog.get_logger(__name__)
 
 _POLL_S = 0.05
-_LOG_TAIL_BYTES = 2000
+_LOG_TAIL_BYTES = 8000
+_KILLED_RANK = re.compile(r"rank +: (\d+) .*\n.*exitcode +: (-(?!15\b)\d+) ")
+"""In torchrun's report of ranks that failed (torch/distributed/elastic/multiprocessing/errors), what failed first at its end; but for
+TERM, by which it ends the others itself."""
 
 
 @dataclass(frozen=True)
@@ -297,27 +301,33 @@ class Supervisor:
             return None
         if refusal is not None:
             return {"code": refusal.code, "message": refusal.message, "hint": refusal.hint}
-        if self.shipper.error is not None:
-            return {
-                "code": self.shipper.error.code,
-                "message": self.shipper.error.message,
-                "hint": self.shipper.error.hint,
-            }
-        if code is not None and code < 0:
-            what = f"was killed by {signal.Signals(-code).name}"
-            hint = "out of memory on the host is the usual cause" if code == -signal.SIGKILL else None
-        else:
-            what, hint = f"exited with code {code}", None
-        return {"code": "runner_crashed", "message": f"the runner {what}: {self._last_line()}", "hint": hint}
+        told, tail = self.shipper.error, self._log_tail()
+        killed = _KILLED_RANK.findall(tail)
+        if killed and (
+            told is None or told.code == "runner_error"
+        ):  # other ranks tell of the connection that broke by it
+            rank, signal_number = killed[-1]
+            return _crash(f"rank {rank}", int(signal_number))
+        if told is not None:
+            return {"code": told.code, "message": told.message, "hint": told.hint}
+        crash = _crash("the runner", code)
+        last_line = tail.splitlines()[-1] if tail else "it wrote no log"
+        return {**crash, "message": f"{crash['message']}: {last_line}"}
 
-    def _last_line(self) -> str:
+    def _log_tail(self) -> str:
         path = self.attempt_dir / "run.log"
         if not path.exists():
-            return "it wrote no log"
+            return ""
         with path.open("rb") as stream:
             stream.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
-            tail = stream.read().decode(errors="replace").strip()
-        return tail.splitlines()[-1] if tail else "it wrote no log"
+            return stream.read().decode(errors="replace").strip()
+
+
+def _crash(who: str, code: int | None) -> dict[str, str | None]:
+    if code is None or code >= 0:
+        return {"code": "runner_crashed", "message": f"{who} exited with code {code}", "hint": None}
+    hint = "out of memory on the host is the usual cause" if code == -signal.SIGKILL else None
+    return {"code": "runner_crashed", "message": f"{who} was killed by {signal.Signals(-code).name}", "hint": hint}
 
 
 def claim(database: Database, settings: Settings, lease_id: str) -> Task | None:

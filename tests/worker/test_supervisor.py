@@ -138,6 +138,27 @@ emit(type="artifact", artifact_id="art_x", name="checkpoint", kind="mm_checkpoin
         assert "SIGKILL" in job.error["message"]
         assert "about to go" in job.error["message"]
 
+    def test_of_several_ranks_the_one_that_was_killed_is_named(self, bench: Bench) -> None:
+        ranks = Path(bench.settings.home) / "ranks.py"
+        ranks.parent.mkdir(exist_ok=True)
+        ranks.write_text(
+            PRELUDE
+            + """
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.signal(signal.SIGTERM, lambda *_: None)
+emit(type="error", code="runner_error", message="connection closed by peer")
+sys.exit(1)
+"""
+        )
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ranks)]
+        job = bench.run(f"os.execv(sys.executable, [sys.executable, *{torchrun}, *sys.argv[1:]])")
+        assert job.error == {
+            "code": "runner_crashed",
+            "message": "rank 1 was killed by SIGKILL",
+            "hint": "out of memory on the host is the usual cause",
+        }
+
     def test_a_vanished_input_fails_the_job_before_anything_starts(self, bench: Bench) -> None:
         with bench.database.write() as session:
             session.execute(update(Artifact).values(deleted_at=utcnow()))
