@@ -342,6 +342,7 @@ class Trainer:
             "step_time_ms": reading.step_time_ms,
             **reading.rates(self.mesh.world_size, self.peak_flops),
             "host_wait_fraction": reading.host_wait_fraction,
+            "skipped_iterations": reading.num_skipped,
             "consumed_samples": position.consumed_samples,
             "memory_peak_bytes": everyone.memory_peak_bytes,
         }

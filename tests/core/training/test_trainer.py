@@ -265,9 +265,11 @@ class TestNotFinite:
         assert notes.warnings[0][0] == "skipped_step"
         assert f"in rows {', '.join(map(str, bad.rows))}" in notes.warnings[0][1]
         assert math.isnan(notes.metrics[1]["loss"])
+        assert notes.metrics[1]["skipped_iterations"] == 1
         trainer.spec = training_spec(train_iters=3)
         trainer.train(loaded)
         assert math.isfinite(notes.metrics[2]["loss"])
+        assert notes.metrics[2]["skipped_iterations"] == 0
         assert not all(torch.equal(tensor, before[name]) for name, tensor in rank.model.state_dict().items())
 
     def test_too_many_in_a_row_fail_the_job(self, tmp_path: Path) -> None:
