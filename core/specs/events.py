@@ -22,7 +22,7 @@ TRAINING_METRICS = {
     "mfu": "Share of the devices' peak that this is; only where the peak is known or set (`TEMPER_PEAK_TFLOPS`).",
     "images_per_second": "Images and videos.",
     "host_wait_fraction": "Share of the time that the slowest rank waited for its data.",
-    "skipped_iterations": "Iterations of the interval without an optimizer step: their loss or gradient was not finite, or they had no targets.",
+    "skipped_iterations": "Iterations of the interval without an optimizer step: loss or gradient not finite, or no targets.",
     "consumed_samples": "Samples since the start of the training.",
     "memory_peak_bytes": "Most memory that a rank has held on its device.",
 }

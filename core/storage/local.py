@@ -83,20 +83,18 @@ class Store:
 
     def delete(self, artifact_id: str) -> None:
         """Remove a published artifact; a registered folder's files are left alone."""
-        doomed = self._temporary(artifact_id).with_suffix(".deleted")
-        doomed.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.artifact_dir(artifact_id).rename(doomed)
-        except FileNotFoundError:
-            return
-        shutil.rmtree(doomed, ignore_errors=True)
+        self._remove(self.artifact_dir(artifact_id))
 
     def delete_job(self, job_id: str) -> None:
         """Remove a job's folder."""
-        doomed = self._temporary(job_id)
+        self._remove(self.job_dir(job_id))
+
+    def _remove(self, folder: Path) -> None:
+        """Take a folder's name away before its files, so that none is ever seen with some of them gone."""
+        doomed = self._temporary(folder.name).with_suffix(".deleted")
         doomed.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.job_dir(job_id).rename(doomed)
+            folder.rename(doomed)
         except FileNotFoundError:
             return
         shutil.rmtree(doomed, ignore_errors=True)
