@@ -14,7 +14,7 @@ from pathlib import Path
 
 from core.errors import AppError
 from core.processes import die_with_parent
-from core.runners.context import EXIT_STOPPED, InputArtifact, RunContext, Stopped
+from core.runners.context import EXIT_STOPPED, InputArtifact, RunContext, Stopped, unexpected
 from core.specs import parse_stored_spec
 from core.specs.events import JobFile
 from core.storage.local import Store
@@ -45,9 +45,7 @@ def main(attempt_dir: Path) -> int:
         return 1
     except Exception as error:  # noqa: BLE001  the edge of the process: tell the user what is known, with the traceback in the log
         ctx.log.error("unexpected error\n%s", traceback.format_exc())
-        ctx.failed(
-            AppError(f"{type(error).__name__}: {error}", hint="the job's log has the traceback", code="runner_error")
-        )
+        ctx.failed(unexpected(error))
         return 1
     return 0
 

@@ -128,8 +128,16 @@ class RunContext:
             os.close(descriptor)
 
 
+def unexpected(error: Exception) -> AppError:
+    """What the user is told of an error that is none of theirs."""
+    return AppError(f"{type(error).__name__}: {error}", hint="the job's log has the traceback", code="runner_error")
+
+
 class ArtifactWriter:
-    """An output being written under a temporary name; nobody sees it before `commit`."""
+    """An output being written under a temporary name; nobody sees it before `commit`.
+
+    A context manager that removes what was written when its body fails.
+    """
 
     def __init__(self, ctx: RunContext, *, name: str, kind: str) -> None:
         self._ctx, self.name, self.kind = ctx, name, kind
@@ -183,6 +191,9 @@ class ArtifactWriter:
         )
         return self.id
 
-    def abort(self) -> None:
-        """Remove what was written."""
-        self._ctx.store.abort(self.id)
+    def __enter__(self) -> ArtifactWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._ctx.store.abort(self.id)

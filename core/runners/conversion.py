@@ -44,13 +44,9 @@ def run(ctx: RunContext, spec: ConversionSpec) -> None:
         ctx.log.info("going on after an earlier attempt: %d files are finished", len(journal.finished))
     try:
         made = _convert(ctx, spec, journal)
-        output = ctx.new_artifact(made.name, made.kind)
-        try:
+        with ctx.new_artifact(made.name, made.kind) as output:
             journal.hand_over(output.path)
             output.commit(made.metadata, digests=made.digests)
-        except BaseException:
-            output.abort()
-            raise
     except Stopped:
         raise
     except BaseException:

@@ -45,8 +45,7 @@ def run(ctx: RunContext, spec: DatasetSpec) -> None:
         validation_fraction=spec.validation_fraction,
         seed=spec.seed,
     )
-    writer = ctx.new_artifact("dataset", "dataset")
-    try:
+    with ctx.new_artifact("dataset", "dataset") as writer:
         started = time.monotonic()
         result = build(
             options,
@@ -56,9 +55,6 @@ def run(ctx: RunContext, spec: DatasetSpec) -> None:
         )
         _log(ctx, result, time.monotonic() - started)
         writer.commit(metadata(result))
-    except BaseException:
-        writer.abort()
-        raise
 
 
 def tokenizer_folder(path: Path) -> Path:

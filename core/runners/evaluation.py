@@ -222,12 +222,8 @@ def _publish(ctx: RunContext, report: Mapping[str, Any], media: Sequence[Sequenc
     scores = report["scores"]
     for metric, values in scores.items():
         ctx.log.info("%s: %s", metric, ", ".join(f"{side} {value:.4f}" for side, value in values.items()))
-    output = ctx.new_artifact("report", "report")
-    try:
+    with ctx.new_artifact("report", "report") as output:
         write_report(output.path, report, media)
         output.commit({"num_questions": report["num_questions"], "scores": scores, "generation": report["generation"]})
-    except BaseException:
-        output.abort()
-        raise
     values = {f"base_{metric}": scores[metric]["base"] for metric in scores if "base" in scores[metric]}
     ctx.metric(0, **values, **{metric: scores[metric]["model"] for metric in scores})

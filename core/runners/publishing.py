@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,12 @@ def publish(ctx: RunContext, checkpoints: Checkpoints, *, finished: bool, metada
         facts = Facts.read(path)
         iteration = facts.position.iteration
         is_final = finished and path == kept[-1]
-        writer = ctx.new_artifact("checkpoint" if is_final else f"checkpoint-{iteration:07d}", "mm_checkpoint")
-        try:
+        with ctx.new_artifact("checkpoint" if is_final else f"checkpoint-{iteration:07d}", "mm_checkpoint") as writer:
             shutil.copytree(path, writer.path / path.name, copy_function=_link_or_copy)
             write_tracker(writer.path, iteration)
             _copy_model_files(ctx, writer.path / "hf")
             digests = {f"{path.name}/{name}": digest for name, digest in facts.digests.items()}
             writer.commit({**metadata, "iteration": iteration}, digests=digests)
-        except BaseException:
-            writer.abort()
-            raise
 
 
 @contextmanager
@@ -66,13 +62,9 @@ def publish_curves(ctx: RunContext) -> None:
     folder = ctx.job_dir / "tensorboard"
     if not ctx.is_main or not folder.is_dir():
         return
-    writer = ctx.new_artifact("tensorboard", "report")
-    try:
+    with ctx.new_artifact("tensorboard", "report") as writer:
         shutil.copytree(folder, writer.path, dirs_exist_ok=True)
         writer.commit({})
-    except BaseException:
-        writer.abort()
-        raise
 
 
 def publish_adapted(
@@ -117,23 +109,18 @@ def _publish_adapters(
     base_model = metadata["config"].get("_name_or_path") or None
     for path in kept:
         iteration, is_final = Facts.read(path).position.iteration, finished and path == kept[-1]
-        writer = ctx.new_artifact("adapter" if is_final else f"adapter-{iteration:07d}", "hf_adapter")
-        try:
+        with ctx.new_artifact("adapter" if is_final else f"adapter-{iteration:07d}", "hf_adapter") as writer:
             num_tensors = adapters.write_peft(path, spec.parallel.layout, writer.path, base_model=base_model)
             facts = told if is_final else {name: told[name] for name in ("r", "alpha", "target_modules")}
             more = {"lora_alpha": told["alpha"], "base_model_name_or_path": base_model, "num_tensors": num_tensors}
             writer.commit({**facts, **more, "family": metadata["family"], "iteration": iteration})
-        except BaseException:
-            writer.abort()
-            raise
 
 
 def _publish_merged(ctx: RunContext, trainer: Trainer, metadata: dict[str, Any]) -> None:
     """Every rank writes its file into rank 0's artifact."""
     mesh, iteration = trainer.mesh, trainer.facts.position.iteration
     name = f"{iteration_dir(iteration)}/{trainer.checkpoints.rank_folder}/{RANK_FILE}"
-    writer = ctx.new_artifact("checkpoint", "mm_checkpoint") if mesh.rank == 0 else None
-    try:
+    with ctx.new_artifact("checkpoint", "mm_checkpoint") if mesh.rank == 0 else nullcontext() as writer:
         with Together(mesh) as step:
             target = step.gather(None if writer is None else writer.path)[0]
         with Together(mesh):
@@ -147,10 +134,6 @@ def _publish_merged(ctx: RunContext, trainer: Trainer, metadata: dict[str, Any])
             _copy_model_files(ctx, writer.path / "hf")
             everyone = {name: digest for part in told for name, digest in part.items()}
             writer.commit({**metadata, "iteration": iteration}, digests=everyone)
-    except BaseException:
-        if writer is not None:
-            writer.abort()
-        raise
 
 
 def _copy_model_files(ctx: RunContext, target: Path) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from core.device import Accelerator
 from core.errors import AppError
-from core.runners.context import RunContext
+from core.runners.context import RunContext, unexpected
 
 
 @contextmanager
@@ -35,18 +35,15 @@ def errors_of_other_ranks(ctx: RunContext, *, patience_s: float = 5.0) -> Iterat
     try:
         yield
     except Exception as error:
-        told = error if isinstance(error, AppError) else None
-        if ctx.is_main and told is None:
+        if ctx.is_main and not isinstance(error, AppError):
             raise _first_told(folder, time.monotonic() + patience_s) or error from error
         if not ctx.is_main:
             folder.mkdir(exist_ok=True)
-            values = (
-                (told.code, told.message, told.hint)
-                if told
-                else ("runner_error", f"{type(error).__name__}: {error}", "the job's log has the traceback")
-            )
+            told = error if isinstance(error, AppError) else unexpected(error)
             temporary = folder / f".rank_{ctx.rank}.tmp"
-            temporary.write_text(json.dumps([ctx.rank, time.time(), *values]), encoding="utf-8")
+            temporary.write_text(
+                json.dumps([ctx.rank, time.time(), told.code, told.message, told.hint]), encoding="utf-8"
+            )
             temporary.rename(folder / f"rank_{ctx.rank}.json")
         raise
 
