@@ -11,6 +11,7 @@ import random
 import socket
 
 from core.errors import AppError
+from worker.names import take_name
 
 PORTS = range(20_000, 30_000)
 _TRIES = 200
@@ -19,9 +20,10 @@ _TRIES = 200
 def reserve_port() -> tuple[socket.socket, int]:
     """Find a free port; no other supervisor of this host takes it while the socket that is returned is open."""
     for port in random.sample(PORTS, _TRIES):
-        name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        name = take_name(f"port-{port}")
+        if name is None:
+            continue
         try:
-            name.bind(f"\0temper-port-{port}")
             with socket.socket() as probe:
                 probe.bind(("", port))
         except OSError:

@@ -127,7 +127,7 @@ class Shipper:
                     piece += _CUT % (limit, _TAIL_BYTES)
                     shipped[f"cut:{rank}"], is_full = "begun", last
             case "begun" if last:
-                piece = _read(path, max(limit, _size(path) - _TAIL_BYTES))
+                piece = _tail(path, limit)
                 shipped[f"cut:{rank}"] = "ended"
             case _:
                 piece = b""
@@ -202,9 +202,14 @@ class Shipper:
 _CUT = b"\n[temper] the log has reached %d bytes (TEMPER_MAX_LOG_BYTES): what follows is left out, up to the last %d bytes\n"
 
 
+def _tail(path: Path, limit: int) -> bytes:
+    """Read the end of a log that is longer than `limit`."""
+    return _read(path, max(limit, _size(path) - _TAIL_BYTES))
+
+
 def _shorten(path: Path, limit: int) -> None:
     """Take away what lies between `limit` and the end. Its writers append, so they go on at the new end."""
-    end = _read(path, max(limit, _size(path) - _TAIL_BYTES))
+    end = _tail(path, limit)
     os.truncate(path, limit)
     with path.open("ab") as stream:
         stream.write(end)

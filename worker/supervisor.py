@@ -299,13 +299,10 @@ class Supervisor:
     def _error(self, code: int | None, refusal: AppError | None) -> dict[str, str | None] | None:
         if code == 0:
             return None
-        if refusal is not None:
-            return {"code": refusal.code, "message": refusal.message, "hint": refusal.hint}
-        told, tail = self.shipper.error, self._log_tail()
+        told, tail = refusal or self.shipper.error, self._log_tail()
         killed = _KILLED_RANK.findall(tail)
-        if killed and (
-            told is None or told.code == "runner_error"
-        ):  # other ranks tell of the connection that broke by it
+        # Of a killed rank others tell the connection that broke by it.
+        if killed and (told is None or told.code == "runner_error"):
             rank, signal_number = killed[-1]
             return _crash(f"rank {rank}", int(signal_number))
         if told is not None:

@@ -17,6 +17,7 @@ from core.db.models import Lease
 from core.db.session import Database
 from core.jobs import dispatch, housekeeping
 from core.settings import Settings
+from worker.names import take_name
 
 log = structlog.get_logger(__name__)
 
@@ -84,10 +85,4 @@ def hold(lease_id: str) -> socket.socket | None:
     A supervisor inherits the socket, so the name is its own until it ends, whatever ends it. Without that, a host so busy that Python
     takes seconds to start would be sent a supervisor more at every repeated message, and become busier still.
     """
-    name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        name.bind(f"\0temper-{lease_id}")  # abstract: no file that could be left behind
-    except OSError:
-        name.close()
-        return None
-    return name
+    return take_name(lease_id)
