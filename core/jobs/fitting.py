@@ -10,7 +10,15 @@ from pydantic import BaseModel, Field
 from core.errors import AppError, InvalidSpec
 from core.models.config import Config
 from core.models.lora import Lora, adapted_layers
-from core.models.memory import LayerRecompute, Workload, activation_bytes, in_flight, training_memory
+from core.models.memory import (
+    STATE_BYTES,
+    VALUE_BYTES,
+    LayerRecompute,
+    Workload,
+    activation_bytes,
+    in_flight,
+    training_memory,
+)
 from core.models.plan import Stage, stages
 from core.specs.parallel import TrainingParallelSpec
 from core.specs.training import LoraSpec, RecomputeSpec, RecomputeSpecs, TrainingSpec
@@ -54,7 +62,7 @@ def disk_bytes(spec: TrainingSpec, ranks: Sequence[RankMemory]) -> int:
     adapters the checkpoints hold those alone, and the merged model and PEFT's folders are written beside them at the end.
     """
     wanted, tp = spec.checkpoint, spec.parallel.tp_size
-    width, states = (2, 12) if spec.precision == "bf16" else (4, 8)
+    width, states = VALUE_BYTES[spec.precision], STATE_BYTES[spec.precision]
     trained = sum(rank.trained_parameters for rank in ranks) * tp
     everything = sum(rank.parameters for rank in ranks) * tp
     weights = (trained if spec.lora else everything) * width

@@ -78,9 +78,10 @@ def drop_checkpoints(database: Database, store: Store, before: datetime) -> None
 
 def finish_deletions(database: Database, store: Store) -> None:
     """Remove the files of artifacts that are marked as deleted."""
+    present = {folder.name for folder in store.root.glob("artifacts/*")}  # of all that was ever deleted few are
     with database.read() as session:
-        artifacts = session.scalars(select(Artifact.id).where(Artifact.deleted_at.is_not(None))).all()
-    for artifact_id in artifacts:
+        deleted = session.scalars(select(Artifact.id).where(Artifact.deleted_at.is_not(None))).all()
+    for artifact_id in present.intersection(deleted):
         store.delete(artifact_id)
 
 

@@ -25,7 +25,6 @@ from core.jobs.fitting import (
     RankMemory,
     check_recompute,
     disk_bytes,
-    lora_of,
     lora_suggestion,
     memory_per_rank,
     suggestions,
@@ -357,7 +356,6 @@ class Planner:
         _require_model("spec.model", config)
         stages(config, spec.parallel)
         check_recompute(spec, config)
-        lora_of(spec, config)  # refuses what has no effect
         self._memory(spec, config, plan)
         plan.disk_bytes = disk_bytes(spec, plan.memory_per_rank)
 

@@ -18,6 +18,10 @@ from core.models.mapping import TOWERS, Rename
 from core.models.plan import Stage
 from core.models.qwen2_5_vl.family import MAPPING, PLAN
 
+VALUE_BYTES = {"bf16": 2, "fp32": 4}
+"""Of a weight."""
+STATE_BYTES = {"bf16": 12, "fp32": 8}
+"""AdamW's state of a trained parameter: two fp32 moments, and beside bf16 weights an fp32 master copy."""
 CHUNK_TOKENS = 1024
 """Positions per chunk of the loss (`training/loss.py`)."""
 
@@ -47,9 +51,8 @@ def training_memory(
 ) -> dict[str, int]:
     """Bytes for weights, gradients and AdamW's state of one rank.
 
-    bf16 keeps an fp32 master copy beside two fp32 moments (12 bytes per trained parameter) and accumulates gradients in
-    fp32; fp32 needs no master copy. Of these states each data-parallel rank holds its share (ZeRO-1). With `lora` its
-    adapters alone are trained.
+    Gradients are accumulated in fp32. Of AdamW's state (STATE_BYTES) each data-parallel rank holds its share (ZeRO-1). With `lora`
+    its adapters alone are trained.
     """
     by_tower = stage_parameters(config, stage, tp_size=tp_size)
     trained = sum(count for tower, count in by_tower.items() if tower not in frozen)
@@ -60,9 +63,9 @@ def training_memory(
     return {
         "parameters": parameters,
         "trained_parameters": trained,
-        "weights_bytes": parameters * (2 if precision == "bf16" else 4),
+        "weights_bytes": parameters * VALUE_BYTES[precision],
         "gradients_bytes": trained * 4,
-        "optimizer_bytes": math.ceil(trained * (12 if precision == "bf16" else 8) / dp_size),
+        "optimizer_bytes": math.ceil(trained * STATE_BYTES[precision] / dp_size),
     }
 
 
@@ -163,7 +166,7 @@ def activation_bytes(
     lora: Lora | None = None,
 ) -> int:
     """Peak bytes of activations of one rank of a stage, its input batch and the loss's working memory included."""
-    size = 2 if precision == "bf16" else 4
+    size = VALUE_BYTES[precision]
     is_plain = size < 4 and not work.has_fused_kernels
 
     def tower(name: str, recompute: LayerRecompute | None) -> _Tower:

@@ -355,7 +355,8 @@ class TestChains:
             spec = training_spec(model, source, dataset={"job": data.id}, seq_length=1024)
             job = submit(session, settings, "training", spec)
             told = [event.data for event in repository.events_after(session, job.id, 0) if event.type == "warning"]
-        assert [data["code"] for data in told[:2]] == ["risk", "risk"]  # on a small disk there is one more
+        told = [data for data in told if "free in the store" not in data["message"]]  # where the disk is small
+        assert [data["code"] for data in told] == ["risk", "risk"]
         assert told[0]["message"].startswith("seq_length (1024) is below the data set's cutoff_len (2048)")
         assert "pipeline rank 1 needs about" in told[1]["message"]
 
