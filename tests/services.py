@@ -117,6 +117,11 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str, ev
         time.sleep(every_s)
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and is not reaped does not."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
 def _die_with_parent(signum: int) -> Callable[[], None]:
     libc = ctypes.CDLL(None, use_errno=True)
     pr_set_pdeathsig = 1

@@ -82,9 +82,8 @@ class _Decoder:
         self._in_use = threading.Lock()
         command = [sys.executable, "-m", "core.data.decoding", str(theirs.fileno())]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}  # numpy would start a thread for every core
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, _FOR_THE_TRAINING
-        )  # a new process has its parent thread's mask
+        # A new process has its parent thread's mask.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_TRAINING)
         try:
             with theirs:
                 self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=env)

@@ -195,7 +195,8 @@ class ImageProcessing:
 
     def load(self, path: Path) -> tuple[npt.NDArray[np.float32], Grid]:
         """Decode a file to patches [P, D] and (t, h, w); raises MediaError."""
-        return self.patches(load_rgb(path))
+        pixels, grid = self.decode(path)
+        return self.patchify([pixels], grid), grid
 
     def decode(self, path: Path) -> tuple[Frame, Grid]:
         """Decode a file to pixels in the size of its grid, and (t, h, w); raises MediaError."""

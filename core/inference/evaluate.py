@@ -156,15 +156,15 @@ def mean_loss(
             processing=meta.image_processing,
             videos=meta.video_processing,
         )
-        device = model.accelerator.device
-        positions_N = (
-            (batch.targets_T != NO_TARGET).nonzero().squeeze(1)
-        )  # on the host, where nothing waits for its size
+        # On the host, where nothing waits for its size.
+        positions_N = (batch.targets_T != NO_TARGET).nonzero().squeeze(1)
+        batch, sums = batch.to(model.accelerator.device), []
         with torch.no_grad():
-            hidden_TH, targets_T, sums = model(batch.to(device)), send(batch.targets_T, device), []
-            for positions_C in send(positions_N, device).split(LOSS_CHUNK_TOKENS):
+            hidden_TH = model(batch)
+            for positions_C in send(positions_N, model.accelerator.device).split(LOSS_CHUNK_TOKENS):
                 logits_CV = model.logits(hidden_TH.index_select(0, positions_C)).float()
-                sums.append(F.cross_entropy(logits_CV, targets_T.index_select(0, positions_C), reduction="sum"))
+                targets_C = batch.targets_T.index_select(0, positions_C)
+                sums.append(F.cross_entropy(logits_CV, targets_C, reduction="sum"))
         total += math.fsum(torch.stack(sums).tolist())
         count += len(positions_N)
     return total / max(count, 1)

@@ -213,9 +213,8 @@ class Optimizer:
             self._adamw(share, learning_rate)
             if share.has_copy:
                 share.weights.copy_(share.master)
-            gathered.append(
-                self.buffer.start_gather(self.buffer.weights, share.bucket)
-            )  # while the next shares are updated
+            # Goes on while the next shares are updated.
+            gathered.append(self.buffer.start_gather(self.buffer.weights, share.bucket))
         for pending in gathered:
             pending.wait()
         self.num_steps += 1

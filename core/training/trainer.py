@@ -196,9 +196,8 @@ class Trainer:
         step = next(loaded)
         self._at("data", self._own_rows(step))
         planned = step.plan.micro_batches[self.mesh.dp_rank]
-        batches = [
-            batch for rows, batch in zip(planned, step.micro_batches, strict=True) if rows
-        ]  # others: padding alone
+        # Those without rows are padding alone.
+        batches = [batch for rows, batch in zip(planned, step.micro_batches, strict=True) if rows]
         return step, batches, time.perf_counter() - began
 
     def _compute(self, step: LoadedStep, batches: list[PackedBatch], wait_s: float) -> Exchanged:

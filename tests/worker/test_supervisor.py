@@ -8,7 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from sqlalchemy import update
 
@@ -19,7 +18,7 @@ from core.jobs import dispatch, repository, service
 from core.settings import Settings
 from core.storage.local import Store
 from tests.factories import LAYOUT_7B, add_node, hf_7b, submit
-from tests.services import REPOSITORY, wait_until
+from tests.services import REPOSITORY, alive, wait_until
 from worker.supervisor import claim
 
 PRELUDE = """
@@ -97,10 +96,6 @@ class Bench:
 @pytest.fixture
 def bench(database: Database, settings: Settings) -> Bench:
     return Bench(database, settings)
-
-
-def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 class TestOutcome:

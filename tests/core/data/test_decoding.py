@@ -19,7 +19,7 @@ from PIL import Image
 from core.data.decoding import DecoderDied, Decoders
 from core.data.media import ImageProcessing, MediaError, Medium
 from core.data.video import VideoProcessing, decode_medium
-from tests.services import wait_until
+from tests.services import alive, wait_until
 from tests.videos import pictures, write_animation, write_video
 
 IMAGES = ImageProcessing()
@@ -50,10 +50,6 @@ def decoders() -> Iterator[Decoders]:
     made = Decoders(IMAGES, VIDEOS)
     yield made
     made.close()
-
-
-def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 class TestDecode:
